@@ -1,0 +1,143 @@
+"""The configuration tree: one frozen section each, unknown keys forbidden, a description with unit on every field.
+
+Owns everything that changes the mathematics of a run; the files of `ds_configs/` own how it is executed.
+Loading, merging and checking are in `config_loading.py`. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RunSection(Section):
+    name: str = Field("run", description="name of the run; names its folder and its MLflow run")
+    output_dir: str | None = Field(None, description="folder of the run; default runs/<name>")
+    seed: int = Field(0, ge=0, description="seed of initial weights, data order and masks")
+
+
+class DataSection(Section):
+    train: str | None = Field(None, description="shard folder; null: prepare what the section `prepare` says")
+    validation: str | None = Field(None, description="held-out shard folder; null with train null: the prepared one")
+    sequence_length: int | None = Field(128, ge=8, description="tokens a row; null: documents kept whole")
+    num_workers: int = Field(0, ge=0, description="loader processes a rank; 0: in the training process")
+    shuffle_window: int = Field(16, ge=1, description="shards open at once; samples are permuted inside this window")
+
+
+class PrepareSection(Section):
+    source: str | list[str] | None = Field(
+        None, description="`embedded`, a file, folder, glob or Hugging Face data set; several are joined in order"
+    )
+    output_dir: str = Field("shards", description="where the shards go")
+    text_key: str = Field("text", description="field that holds the text in JSONL files and data sets")
+    license: str = Field("unknown", description="licence of the text, recorded in the manifest")
+    normalize: Literal["none", "nfc", "crammed"] = Field(
+        "nfc", description="nfc: Unicode NFC and tidy white space; crammed: lower-case ASCII (cramming, spec 3.1)"
+    )
+    min_characters: int = Field(200, ge=0, description="shorter documents are dropped, characters")
+    max_characters: int | None = Field(None, ge=1, description="longer documents are dropped, characters")
+    max_tokens_per_character: float | None = Field(
+        None, gt=0, description="documents with more are dropped (compressibility, cramming 3.4: 0.25)"
+    )
+    deduplicate_exact: bool = Field(True, description="drop documents whose normalised text was seen before")
+    deduplicate_near: bool = Field(False, description="drop near duplicates by MinHash (datatrove)")
+    tokenizer: str = Field("wordpiece", description="kind to train: wordpiece|bpe|byte-bpe|unigram, or a tokenizer folder")
+    vocab_size: int = Field(32768, ge=64, description="entries of a trained tokenizer")
+    tokenizer_characters: int = Field(100_000_000, ge=1, description="text used to train the tokenizer, characters")
+    packing: Literal["concatenate", "documents"] = Field(
+        "concatenate",
+        description="concatenate: rows of data.sequence_length tokens, remainder dropped (cramming 3.2); "
+        "documents: kept whole; implied by data.sequence_length null",
+    )
+    order: Literal["shuffle", "source", "sentence-length"] = Field(
+        "shuffle", description="order of rows in the shards; sentence-length: the curriculum of cramming 3.6"
+    )
+    samples_per_shard: int = Field(8192, ge=1, description="rows or documents a shard")
+    validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of documents held out, by hash of the text")
+    num_workers: int | None = Field(None, ge=1, description="tokenizer processes; default: the cores of the machine")
+
+
+class ModelSection(Section):
+    architecture: str = Field("crammed-bert", description="crammed-bert, a Hugging Face config folder or a known type")
+    init_from: str | None = Field(None, description="local checkpoint folder whose weights start the model")
+    config: dict[str, Any] = Field(default_factory=dict, description="fields of the architecture's own config class")
+
+
+class ObjectiveSection(BaseModel):
+    """`name` and, beside it, the keys of that objective's own configuration class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field("mlm", strict=True, description="an objective of --list-objectives")
+
+    def own_keys(self) -> dict[str, Any]:
+        """The keys beside `name`, to be checked by the objective's configuration class."""
+        return dict(self.model_extra or {})
+
+
+class OptimSection(Section):
+    name: Literal["adamw"] = Field("adamw", description="optimizer")
+    peak_lr: float = Field(1e-3, gt=0, description="learning rate at a schedule multiplier of 1")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="Adam's moment decays", strict=False)
+    eps: float = Field(1e-12, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled; never on biases and norms")
+    clip_norm: float | None = Field(0.5, gt=0, description="global gradient norm; null: no clipping")
+
+
+class ScheduleSection(Section):
+    name: str = Field("cosine", description="constant|linear|cosine|wsd|budget-*")
+    warmup: float = Field(0.0, ge=0, lt=1, description="linear warm-up, share of the budget (not for budget-*)")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: final decay, share of the budget")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="floor of the multiplier")
+
+
+class TrainSection(Section):
+    micro_batch_size: int | Literal["auto"] = Field("auto", description="sequences a rank and forward pass")
+    global_batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
+    batch_ramp_end: float | None = Field(
+        None, gt=0, le=1, description="share of the budget at which the batch ramp ends (cramming 5.3: 0.6); null: no ramp"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
+    compile: bool = Field(False, description="compile the backbone with torch.compile")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage; null: the DeepSpeed file's, else 0")
+    deepspeed_config: str | None = Field(None, description="a file of ds_configs/ (by name) or a path")
+    evaluate_every_steps: int | None = Field(None, ge=1, description="held-out loss during training; null: at the end")
+    evaluate_samples: int = Field(2048, ge=1, description="held-out rows an evaluation")
+    yardsticks: bool = Field(True, description="objective-independent measures at the end")
+
+
+class BudgetSection(Section):
+    max_steps: int | None = Field(None, description="optimizer steps; null: off")
+    max_tokens: int | None = Field(None, description="non-pad tokens; null: off")
+    max_hours: float | None = Field(None, description="wall-clock hours of training, restarts included; null: off")
+
+
+class CheckpointSection(Section):
+    every_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: only the last")
+    keep: int = Field(2, ge=1, description="complete checkpoints kept")
+
+
+class LogSection(Section):
+    every_steps: int = Field(10, ge=1, description="optimizer steps between journal lines")
+    mlflow_uri: str | None = Field("sqlite:///mlflow.db", description="tracking store; null: journal only")
+    experiment: str = Field("sparselt_dist", description="MLflow experiment")
+    batch_digest: bool = Field(False, description="journal a hash of each global step's sample keys; logs every step")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of a device for MFU; null: known table, or measured")
+
+
+class Config(Section):
+    run: RunSection = Field(default_factory=RunSection)
+    data: DataSection = Field(default_factory=DataSection)
+    prepare: PrepareSection = Field(default_factory=PrepareSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    budget: BudgetSection = Field(default_factory=BudgetSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)

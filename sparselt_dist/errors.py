@@ -1,0 +1,24 @@
+"""The errors a user can mend. Each carries one message; every command turns it into exit code 2.
+
+A message says what was found, where, what was expected and what to do.
+"""
+
+
+class SparseltError(Exception):
+    """Base of all errors that a user can mend; `str(error)` is shown without a traceback."""
+
+
+class ConfigError(SparseltError):
+    """A configuration, flag or profile is wrong; all faults found are in the one message."""
+
+
+class DataError(SparseltError):
+    """A text source, shard, manifest or tokenizer is wrong."""
+
+
+class CheckpointError(SparseltError):
+    """A checkpoint cannot be used, or a run folder cannot be written."""
+
+
+class PluginError(SparseltError):
+    """An objective plug-in cannot be found, imported or used."""

@@ -1,0 +1,1 @@
+"""Measures that do not depend on the objective."""

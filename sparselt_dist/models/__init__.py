@@ -1,0 +1,1 @@
+"""Backbones: any Hugging Face architecture, and crammed-bert."""

@@ -1,0 +1,183 @@
+"""What an objective is (api_version 1), and the registry that finds it by name.
+
+An objective decides what is learned. It brings a configuration class, a collator that turns examples into
+a batch (in loader workers, without global randomness) and a module that turns a batch into a loss. It sees
+batches, the backbone and its own configuration: no trainer, engine, rank or file.
+
+Built-in objectives are found first, then third-party ones through the entry-point group
+`sparselt_dist.objectives`. Listing imports no plug-in; only the chosen one is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from sparselt_dist.errors import PluginError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from sparselt_dist.data.batch import Batch, Example
+
+API_VERSION = 1
+ENTRY_POINT_GROUP = "sparselt_dist.objectives"
+
+# name -> (module that registers it on import, one line for --list-objectives)
+BUILT_IN: dict[str, tuple[str, str]] = {
+    "mlm": ("sparselt_dist.objectives.mlm", "masked language modelling (BERT, RoBERTa, cramming)"),
+}
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What an objective may know of the tokenizer: plain data, picklable. Ids are None where there is no such token."""
+
+    vocab_size: int
+    pad_id: int
+    mask_id: int | None
+    unk_id: int | None = None
+    cls_id: int | None = None
+    sep_id: int | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    special_ids: tuple[int, ...] = ()
+    continues_word_V: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """bool [V]: the piece continues the word of the piece before it (for whole-word masking)."""
+
+
+class LossOutput(NamedTuple):
+    """What an objective module returns for one micro-batch."""
+
+    loss: Tensor
+    """fp32 scalar: MEAN over this micro-batch's targets; finite and attached to the graph even with no target."""
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    """Detached (sum, count) of each term, named without the objective's prefix; summed over micro-batches and ranks."""
+
+
+class Collator(Protocol):
+    """Examples to a batch. Pure, CPU, picklable, no global random state: it runs in loader workers."""
+
+    def __call__(self, examples: list[Example]) -> Batch: ...
+
+
+class ObjectiveModule(Protocol):
+    """An `nn.Module` holding the heads and extra parameters of an objective."""
+
+    def __call__(self, backbone: nn.Module, batch: Batch) -> LossOutput: ...
+
+    def set_progress(self, step: int, progress: float) -> None:
+        """Called before each step with the optimizer step (from 0) and the spent share of the budget [0, 1]."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A plug-in: two factories and a configuration class (a frozen pydantic model or dataclass)."""
+
+    name: str
+    api_version: int
+    config_cls: type[Any]
+
+    def needs_lm_head(self, cfg: Any) -> bool:
+        """Whether the backbone must carry the vocabulary head (a headless model carries none of its parameters)."""
+
+    def build_collator(self, cfg: Any, tokenizer: TokenizerInfo) -> Collator: ...
+
+    def build_module(self, cfg: Any, backbone: nn.Module) -> nn.Module: ...
+
+
+_registered: dict[str, Objective] = {}
+
+
+def register(objective: Objective) -> Objective:
+    """Add an objective under its name and return it.
+
+    Raises:
+        PluginError: the interface is incomplete or of another version, or another objective has the name.
+    """
+    source = type(objective).__module__
+    missing = [
+        part
+        for part in ("name", "api_version", "config_cls", "needs_lm_head", "build_collator", "build_module")
+        if not hasattr(objective, part)
+    ]
+    if missing:
+        raise PluginError(
+            f"objective {objective!r} from {source}: lacks {', '.join(missing)}; "
+            "expected the interface of sparselt_dist.objectives.base.Objective"
+        )
+    if objective.api_version != API_VERSION:
+        raise PluginError(
+            f"objective {objective.name!r} from {source}: api_version is {objective.api_version}, expected {API_VERSION}; "
+            "update the plug-in or install a matching sparselt_dist"
+        )
+    built_in_module = BUILT_IN.get(objective.name, (source, ""))[0]
+    if built_in_module != source:
+        raise PluginError(
+            f"objective {objective.name!r} from {source}: the name belongs to the built-in of {built_in_module}; rename it"
+        )
+    other = _registered.get(objective.name)
+    if other is not None and type(other) is not type(objective):
+        raise PluginError(
+            f"objective {objective.name!r}: registered by {type(other).__module__} and by {source}; uninstall or rename one"
+        )
+    _registered[objective.name] = objective
+    return objective
+
+
+def _entry_points() -> Mapping[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def available() -> dict[str, str]:
+    """Every objective's name and one line about it; imports no plug-in."""
+    lines = {name: text for name, (_, text) in BUILT_IN.items()}
+    for name, objective in _registered.items():
+        lines.setdefault(name, f"registered by {type(objective).__module__}")
+    for name, point in sorted(_entry_points().items()):
+        distribution = point.dist.name if point.dist else "an installed package"
+        lines.setdefault(name, f"plug-in of {distribution} ({point.value})")
+    return lines
+
+
+def get_objective(name: str) -> Objective:
+    """The objective of that name; imports only its own module.
+
+    Raises:
+        PluginError: unknown name (the nearest is named), or a plug-in that fails on import (its distribution and the
+            cause are named).
+    """
+    if name in _registered:
+        return _registered[name]
+    if name in BUILT_IN:
+        importlib.import_module(BUILT_IN[name][0])
+        return _registered[name]
+    point = _entry_points().get(name)
+    if point is None:
+        near = difflib.get_close_matches(name, available(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise PluginError(f"objective.name: found {name!r}, expected one of {', '.join(available())}{hint}")
+    return register(_load(name, point))
+
+
+def _load(name: str, point: EntryPoint) -> Objective:
+    distribution = point.dist.name if point.dist else "an unknown distribution"
+    try:
+        loaded = point.load()
+    except Exception as cause:  # a plug-in may fail in any way on import; all are the plug-in's
+        raise PluginError(
+            f"objective {name!r}: plug-in {point.value} of {distribution} failed on import: "
+            f"{type(cause).__name__}: {cause}; reinstall or remove {distribution}"
+        ) from cause
+    objective: Objective = loaded() if isinstance(loaded, type) else loaded
+    if getattr(objective, "name", None) != name:
+        raise PluginError(
+            f"objective {name!r}: plug-in {point.value} of {distribution} calls itself {getattr(objective, 'name', None)!r}; "
+            "the entry point's name and the objective's must be equal"
+        )
+    return objective
