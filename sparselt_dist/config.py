@@ -6,13 +6,13 @@ Loading, merging and checking are in `config_loading.py`. Imports neither torch 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -46,7 +46,9 @@ class PrepareSection(Section):
     )
     deduplicate_exact: bool = Field(True, description="drop documents whose normalised text was seen before")
     deduplicate_near: bool = Field(False, description="drop near duplicates by MinHash (datatrove)")
-    tokenizer: str = Field("wordpiece", description="kind to train: wordpiece|bpe|byte-bpe|unigram, or a tokenizer folder")
+    tokenizer: str = Field(
+        "wordpiece", description="kind to train: wordpiece|bpe|byte-bpe|unigram, or a tokenizer folder"
+    )
     vocab_size: int = Field(32768, ge=64, description="entries of a trained tokenizer")
     tokenizer_characters: int = Field(100_000_000, ge=1, description="text used to train the tokenizer, characters")
     packing: Literal["concatenate", "documents"] = Field(
@@ -96,10 +98,15 @@ class ScheduleSection(Section):
 
 
 class TrainSection(Section):
-    micro_batch_size: int | Literal["auto"] = Field("auto", description="sequences a rank and forward pass")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="sequences a rank and forward pass"
+    )
     global_batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
     batch_ramp_end: float | None = Field(
-        None, gt=0, le=1, description="share of the budget at which the batch ramp ends (cramming 5.3: 0.6); null: no ramp"
+        None,
+        gt=0,
+        le=1,
+        description="share of the budget at which the batch ramp ends (cramming 5.3: 0.6); null: no ramp",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
     compile: bool = Field(False, description="compile the backbone with torch.compile")
@@ -126,7 +133,9 @@ class LogSection(Section):
     mlflow_uri: str | None = Field("sqlite:///mlflow.db", description="tracking store; null: journal only")
     experiment: str = Field("sparselt_dist", description="MLflow experiment")
     batch_digest: bool = Field(False, description="journal a hash of each global step's sample keys; logs every step")
-    peak_tflops: float | None = Field(None, gt=0, description="peak of a device for MFU; null: known table, or measured")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="peak of a device for MFU; null: known table, or measured"
+    )
 
 
 class Config(Section):

@@ -1,0 +1,120 @@
+"""The order of samples: a pure function of (seed, shard sizes, position), with no stored state.
+
+Position p of the endless stream lies in epoch p // N of N samples. An epoch visits every sample exactly once:
+its shards are permuted, cut into windows of consecutive shards, and the samples of a window are permuted. Both are
+keyed Feistel permutations with cycle walking, so any position is found at once, wherever it lies: resuming is a seek.
+A window bounds how many shards are read from at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sparselt_dist.data.batch import mix64, purpose_key
+from sparselt_dist.errors import DataError
+
+_ROUNDS = 6  # four give a strong pseudo-random permutation of a large domain; two more serve small ones
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK_64 = 2**64 - 1
+
+
+def combine(key: int, number: int) -> int:
+    """A new 64-bit key from a key and a number: `mix64` on Python integers, for single values."""
+    z = (key + _GOLDEN * (number + 1)) & _MASK_64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return z ^ (z >> 31)
+
+
+def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Images of positions [n], each in [0, size), under the permutation of [0, size) that `key` names.
+
+    The domain is rounded up to a power of two and split in two halves of bits; what falls outside [0, size) is
+    permuted again until it falls inside (at most two tries on average), which keeps the map a bijection.
+    """
+    bits = (size - 1).bit_length()
+    values = _feistel(positions.astype(np.uint64), bits, key)
+    while (outside := np.flatnonzero(values >= np.uint64(size))).size:
+        values[outside] = _feistel(values[outside], bits, key)
+    return values
+
+
+def _feistel(values: np.ndarray, bits: int, key: int) -> np.ndarray:
+    right_bits = np.uint64((bits + 1) // 2)
+    left_mask = np.uint64((1 << (bits // 2)) - 1)
+    right_mask = np.uint64((1 << ((bits + 1) // 2)) - 1)
+    left, right = values >> right_bits, values & right_mask
+    for number in range(_ROUNDS):
+        round_key = np.uint64(combine(key, number))
+        if number % 2:
+            left ^= mix64(right ^ round_key) & left_mask
+        else:
+            right ^= mix64(left ^ round_key) & right_mask
+    return (left << right_bits) | right
+
+
+def sample_seed(run_seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """The 64-bit seeds of samples in their epochs: the source of all randomness of objectives."""
+    golden = np.uint64(_GOLDEN)
+    start = np.uint64(combine(purpose_key("sample seed"), run_seed))
+    with np.errstate(over="ignore"):
+        of_epoch = mix64(start + epochs.astype(np.uint64) * golden)
+        return mix64(of_epoch + samples.astype(np.uint64) * golden)
+
+
+class _Epoch(NamedTuple):
+    """Tables of one epoch; S shards in the epoch's order."""
+
+    shards: np.ndarray  # [S] shard numbers
+    starts: np.ndarray  # [S + 1] samples of the epoch before each shard
+    window_starts: np.ndarray  # [windows + 1] samples of the epoch before each window
+    key: int
+
+
+class SampleOrder:
+    """The order of an endless stream over shards of the given sizes."""
+
+    def __init__(self, shard_samples: Sequence[int], seed: int, window: int) -> None:
+        self._sizes = np.asarray(shard_samples, dtype=np.int64)
+        self._firsts = np.concatenate([[0], np.cumsum(self._sizes)])
+        self.epoch_samples = int(self._firsts[-1])
+        if self.epoch_samples == 0:
+            raise DataError("the shards hold no sample; expected at least one; prepare more text")
+        self._key = combine(purpose_key("sample order"), seed)
+        self._window = window
+        self._cached: tuple[int, _Epoch] | None = None
+
+    def samples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and global sample numbers, both int64, at positions [n] of the stream; any n, any order."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, within = np.divmod(positions, self.epoch_samples)
+        samples = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = self._in_epoch(self._tables(int(epoch)), within[here])
+        return epochs, samples
+
+    def _tables(self, epoch: int) -> _Epoch:
+        if self._cached is None or self._cached[0] != epoch:
+            key = combine(self._key, epoch)
+            count = len(self._sizes)
+            shards = permute(np.arange(count), count, combine(key, 0)).astype(np.int64)
+            starts = np.concatenate([[0], np.cumsum(self._sizes[shards])])
+            window_starts = np.append(starts[: count : self._window], starts[-1])
+            self._cached = (epoch, _Epoch(shards, starts, window_starts, key))
+        return self._cached[1]
+
+    def _in_epoch(self, epoch: _Epoch, within: np.ndarray) -> np.ndarray:
+        windows = np.searchsorted(epoch.window_starts, within, side="right") - 1
+        shuffled = np.empty_like(within)
+        for window in np.unique(windows):
+            here = windows == window
+            first, end = (int(bound) for bound in epoch.window_starts[window : window + 2])
+            shuffled[here] = first + permute(within[here] - first, end - first, combine(epoch.key, int(window) + 1)).astype(
+                np.int64
+            )
+        places = np.searchsorted(epoch.starts, shuffled, side="right") - 1
+        return np.asarray(self._firsts[epoch.shards[places]] + shuffled - epoch.starts[places])

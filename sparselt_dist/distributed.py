@@ -1,0 +1,176 @@
+"""Ranks: who am I, how the group starts, and the few collectives a run needs.
+
+A rank learns its place from the environment that DeepSpeed's launcher, torchrun or `srun` sets, or is alone.
+A stop signal only sets a flag; the training loop asks all ranks once a step and acts together.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
+
+from sparselt_dist.errors import ConfigError, SparseltError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# Long enough for rank 0 to prepare a corpus or another rank to compile; a dead rank is noticed at once by its socket.
+GROUP_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _integer(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"environment: {name} is {text!r}, expected a whole number; unset it or start by a launcher") from None
+
+
+def ranks_from_environment(environment: dict[str, str] | None = None) -> Ranks:
+    """Rank, world size and local rank from a launcher's, torchrun's or Slurm's variables; alone: 0 of 1.
+
+    Raises:
+        ConfigError: the variables are incomplete or contradict each other.
+    """
+    env = dict(os.environ) if environment is None else environment
+    if "RANK" in env or "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS", "1") != "0":
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return Ranks(0, 1, 0)
+    missing = [name for name in names[:2] if name not in env]
+    if missing:
+        raise ConfigError(f"environment: {missing[0]} is not set beside {names[0]}/{names[1]}; start by deepspeed, torchrun or srun")
+    rank, world_size = _integer(names[0], env[names[0]]), _integer(names[1], env[names[1]])
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"environment: rank {rank} of {world_size} ranks, expected 0 to {world_size - 1}")
+    return Ranks(rank, world_size, _integer(names[2], env.get(names[2], "0")))
+
+
+def _rendezvous_defaults() -> None:
+    """Address and port where a launcher gave none (alone, or plain srun on one node)."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        if "SLURM_JOB_ID" in os.environ:
+            step = int(os.environ.get("SLURM_STEP_ID", "0"))
+            port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + step) % 30000
+        else:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+        os.environ["MASTER_PORT"] = str(port)
+
+
+def initialise(ranks: Ranks) -> torch.device:
+    """Start the process group through DeepSpeed (NCCL on GPUs, gloo on CPU); return this rank's device."""
+    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
+    _rendezvous_defaults()
+    import deepspeed
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if not on_cpu:
+        accelerator.set_device(ranks.local_rank)
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False, auto_mpi_discovery=False)
+    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(ranks.local_rank))
+
+
+def shut_down() -> None:
+    """Leave the process group together."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+
+
+def reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    import torch.distributed as dist
+
+    dist.all_reduce(values)
+    return values
+
+
+def reduce_min(values: torch.Tensor) -> torch.Tensor:
+    """Minimum over ranks, in place."""
+    import torch.distributed as dist
+
+    dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
+def gather_objects(value: T, ranks: Ranks) -> list[T]:
+    """Every rank's value, in rank order, on all ranks."""
+    import torch.distributed as dist
+
+    gathered: list[T | None] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]
+
+
+def on_main(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Run on rank 0 and give the result to all; an error the user can mend is raised on all ranks alike."""
+    import torch.distributed as dist
+
+    box: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if ranks.is_main:
+        try:
+            box = [(function(), None)]
+        except SparseltError as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box, src=0)
+    value, error = box[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
+
+
+class StopFlag:
+    """Remembers that a stop was asked for; never acts by itself."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> None:
+        """From now on SIGTERM, SIGINT and SIGUSR1 only set the flag."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+
+    @property
+    def is_set(self) -> bool:
+        return self.signal_name is not None

@@ -1,0 +1,93 @@
+"""Full fp32 weights and Adam moments in and out of a DeepSpeed engine, whatever its ZeRO stage.
+
+Tensors leave and enter whole and under the model's own parameter names, so a checkpoint knows nothing of ranks and
+partitions and any stage and world size can load it. (DeepSpeed's own files tie a checkpoint to both.)
+
+The engine keeps fp32 weights in every precision (half precision is autocast), so weights are loaded into the model
+before the engine is built and only the moments are restored after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from torch import nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that the optimizer updates, tied ones once, in model order."""
+    return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+
+
+def gather_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and persistent buffer, whole, on the CPU. All ranks must iterate together."""
+    from deepspeed.zero import GatheredParameters
+
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            yield name, parameter.detach().to("cpu", copy=True)
+    for name, buffer in engine.module.named_buffers():
+        owner = engine.module.get_submodule(name.rpartition(".")[0])
+        if name.rpartition(".")[2] not in owner._non_persistent_buffers_set:
+            yield name, buffer.detach().to("cpu", copy=True)
+
+
+def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """Adam's moments as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before the first step. All ranks together."""
+    _create_states(engine)
+    for name, parameter in trainable(engine):
+        for key in MOMENTS:
+            if engine.zero_optimization_stage() == 0:
+                value = engine.basic_optimizer.state[parameter][key]
+            else:
+                value = safe_get_full_optimizer_state(parameter, key)
+            yield f"{name}#{key}", value.detach().to("cpu", copy=True)
+
+
+def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor], steps_taken: int) -> None:
+    """Put back what `gather_moments` gave; `read` takes its names. Sets Adam's own step count as well."""
+    _create_states(engine)
+    for name, parameter in trainable(engine):
+        for key in MOMENTS:
+            value = read(f"{name}#{key}")
+            if engine.zero_optimization_stage() == 0:
+                engine.basic_optimizer.state[parameter][key].copy_(value)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
+    for state in engine.basic_optimizer.state.values():
+        state["step"].fill_(float(steps_taken))
+
+
+def optimizer_steps(engine: DeepSpeedEngine) -> int:
+    """How many updates Adam has made (fp16 may have skipped some steps)."""
+    for state in engine.basic_optimizer.state.values():
+        return int(state["step"].item())
+    return 0
+
+
+def _optimizer_tensors(engine: DeepSpeedEngine) -> list[torch.Tensor]:
+    """The tensors that Adam sees: parameters, or this rank's flat fp32 partitions."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    if stage in (1, 2):
+        return list(engine.optimizer.single_partition_of_fp32_groups)
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+
+
+def _create_states(engine: DeepSpeedEngine) -> None:
+    """Adam's states as they are before its first step, where they do not exist yet."""
+    optimizer = engine.basic_optimizer
+    for tensor in _optimizer_tensors(engine):
+        if "exp_avg" not in optimizer.state[tensor]:
+            # torch keeps the count on the device for fused AdamW and as fp32 everywhere
+            optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            for key in MOMENTS:
+                optimizer.state[tensor][key] = torch.zeros_like(tensor.data)
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()

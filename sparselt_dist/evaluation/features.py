@@ -1,0 +1,88 @@
+"""Rows to measure on, and the frozen hidden states of a backbone at chosen places of them.
+
+B rows, L positions, N chosen places, D hidden size, V vocabulary. Which rows are read and how they are corrupted is a
+pure function of the shards, so every run on the same shards is measured on the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparselt_dist.data.batch import Example, mix64, purpose_key
+from sparselt_dist.data.shards import ShardFolder
+
+MAX_LENGTH = 512
+"""Longer rows and documents are cropped to this many positions, so that one long document is not the whole sample."""
+
+_POSITIONS_PER_FORWARD = 4096
+
+
+class Corrupted(NamedTuple):
+    """Corrupted rows, the places to look at and what is to be said of each."""
+
+    input_ids_BL: Tensor  # int64
+    attention_BL: Tensor  # int64
+    places_N: Tensor  # int64, in the flattened [B * L]
+    answers_N: Tensor  # int64
+
+
+def read_examples(folder: ShardFolder, purpose: str, *, max_tokens: int, max_length: int) -> list[Example]:
+    """About `max_tokens` ids of a folder: samples at even distances, cropped, with seeds that only `purpose` changes."""
+    mean_length = min(folder.manifest.tokens / folder.manifest.samples, max_length)
+    wanted = min(folder.num_samples, max(1, int(max_tokens / mean_length)))
+    samples = np.unique(np.linspace(0, folder.num_samples - 1, wanted).astype(np.int64))
+    seeds = mix64(samples.astype(np.uint64) ^ np.uint64(purpose_key(f"yardstick {purpose}")))
+    return [
+        {"key": folder.key(sample), "ids": ids[:max_length], "seed": seed}
+        for sample, ids, seed in zip(samples.tolist(), folder.read(samples), seeds.tolist(), strict=True)
+    ]
+
+
+def count_unigrams(folder: ShardFolder, vocab_size: int, special_ids: Iterable[int], *, max_tokens: int) -> np.ndarray:
+    """How often each id occurs, int64 [V], in at most about `max_tokens` ids; 0 for special ones, which are never targets."""
+    wanted = min(folder.num_samples, max(1, max_tokens * folder.manifest.samples // max(1, folder.manifest.tokens)))
+    samples = np.unique(np.linspace(0, folder.num_samples - 1, wanted).astype(np.int64))
+    counts_V = np.zeros(vocab_size, dtype=np.int64)
+    for chunk in np.array_split(samples, -(-len(samples) // 1024)):
+        counts_V += np.bincount(np.concatenate(folder.read(chunk)), minlength=vocab_size)
+    counts_V[list(special_ids)] = 0
+    return counts_V
+
+
+def chunks(examples: list[Example]) -> Iterator[list[Example]]:
+    """The examples in the groups of one forward pass."""
+    longest = max(len(example["ids"]) for example in examples)
+    size = max(1, _POSITIONS_PER_FORWARD // longest)
+    for first in range(0, len(examples), size):
+        yield examples[first : first + size]
+
+
+@torch.no_grad()
+def hidden_at(backbone: nn.Module, corrupted: Iterable[Corrupted], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Final hidden states fp32 [N, D] at the places, and the answers [N], both on `device`."""
+    hidden: list[Tensor] = []
+    answers: list[Tensor] = []
+    with evaluation_mode(backbone):
+        for rows in corrupted:
+            hidden_BLD = backbone(rows.input_ids_BL.to(device), attention_mask=rows.attention_BL.to(device))
+            hidden.append(hidden_BLD.flatten(0, 1).index_select(0, rows.places_N.to(device)).float())
+            answers.append(rows.answers_N.to(device))
+    return torch.cat(hidden), torch.cat(answers)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every submodule's own mode is as before afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,91 @@
+"""`pretrain`: the main job. Prepare if asked to, train, evaluate, export, sum up.
+
+    deepspeed --num_gpus 8 -m sparselt_dist.pretrain --config base run.name=first
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from sparselt_dist import cli, extensions, rank_report
+from sparselt_dist.config_loading import dump, list_profiles, load_config
+from sparselt_dist.distributed import StopFlag, ranks_from_environment
+from sparselt_dist.errors import SparseltError
+from sparselt_dist.objectives.base import available
+from sparselt_dist.run_plan import make_plan
+
+STOPPED = 75
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `pretrain`."""
+    parser = cli.make_parser(
+        "pretrain",
+        "Pretrain a language model. Without --config: the profile quickstart.",
+        "deepspeed --num_gpus 2 -m sparselt_dist.pretrain --config crammed-cpu run.name=first optim.peak_lr=2e-3",
+    )
+    cli.add_config_arguments(parser)
+    parser.add_argument("--resume", default="auto", metavar="auto|never|must|PATH", help="continue which checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take two steps, write no run folder")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--list-objectives", action="store_true", help="print the objectives and stop")
+    parser.add_argument("--list-profiles", action="store_true", help="print the shipped profiles and stop")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # put there by DeepSpeed's launcher
+    return parser
+
+
+def _print_list(entries: dict[str, str]) -> None:
+    width = max(len(name) for name in entries)
+    for name, text in entries.items():
+        print(f"{name:<{width}}  {text}")
+
+
+def _answer(args: argparse.Namespace) -> bool:
+    """Answer the flags that only print; whether one was given."""
+    if args.list_objectives:
+        _print_list(available())
+    elif args.list_profiles:
+        _print_list(list_profiles())
+    else:
+        return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    started = time.monotonic()
+    args = cli.parse_arguments(build_parser(), argv)
+    code = cli.run_command(lambda: _run(args, started))
+    rank_report.record_exit(code)
+    return code
+
+
+def _run(args: argparse.Namespace, started: float) -> int:
+    if _answer(args):
+        return 0
+    ranks = ranks_from_environment()
+    try:
+        config = load_config(args.config, args.overrides, default_profile="quickstart")
+        if args.print_config:
+            print(dump(config), end="")
+            return 0
+        make_plan(config, ranks.world_size)  # its faults show before anything heavy is imported
+    except SparseltError:
+        if ranks.is_main:
+            raise
+        return cli.EXIT_USER_ERROR  # rank 0 says it for all
+    extensions.prepare_environment()
+    stop_flag = StopFlag()
+    stop_flag.install()
+    rank_report.announce()
+    from sparselt_dist.run import pretrain
+
+    profile = ",".join(args.config) or "quickstart"
+    outcome = pretrain(config, ranks, stop_flag, resume=args.resume, profile=profile, started=started)
+    return STOPPED if outcome == "stopped" else cli.EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""Runs DeepSpeed's runner so that signals reach every rank, its exit code is the ranks', and no process is left.
+
+The stock runner dies of a signal and leaves the node launcher and the ranks behind; the node launcher tells its
+ranks one after another and loses their exit codes. Here the runner gets a session of its own, so that Ctrl-C and
+signals to our process group reach only us; we hand each signal to the ranks themselves, adopt whatever loses its
+parent, and wait until nothing is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from sparselt_dist.rank_report import Reports, read_reports
+
+STOPPED_ON_REQUEST = 75
+POLL_SECONDS = 0.1
+# A rank that has not announced itself gets signals only at this age: before, python would die without its handlers.
+UNANNOUNCED_SECONDS = 10.0
+# Without a node launcher nobody else ends the ranks that outlive the first one.
+ORPHAN_GRACE_SECONDS = 60.0
+KILL_AFTER_SECONDS = 30.0
+# The first Ctrl-C asks for a checkpoint; who insists gets the prompt back.
+KILLING_INTERRUPTS = 3
+PR_SET_CHILD_SUBREAPER = 36
+
+# A closed terminal asks the run to stop; under nohup it is ignored and stays so.
+FORWARDED = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGINT: signal.SIGINT,
+    signal.SIGUSR1: signal.SIGUSR1,
+    signal.SIGHUP: signal.SIGTERM,
+}
+
+
+class Supervisor:
+    """One launch: start the runner, forward signals, wait for all descendants, tell the exit code."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], report_dir: Path) -> None:
+        self.command = list(command)
+        self.environment = dict(environment)
+        self.report_dir = report_dir
+        self.received: list[signal.Signals] = []
+        self.interrupts = 0
+        self.delivered: dict[psutil.Process, int] = {}
+        self.adopted_codes: list[int] = []
+        self.deadline: float | None = None
+        self.next_signal = signal.SIGTERM
+
+    def run(self) -> int:
+        """Exit code of the launch."""
+        _adopt_orphans()
+        for number in FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._remember)
+        self.runner = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+        while self.runner.poll() is None:
+            if self.received:
+                self._forward(_descendants())
+            time.sleep(POLL_SECONDS)
+        self._wait_for_survivors()
+        if self.interrupts >= KILLING_INTERRUPTS:
+            return _shell_code(-signal.SIGINT)
+        return exit_code(read_reports(self.report_dir), self.runner.returncode, self.adopted_codes)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.interrupts += number == signal.SIGINT
+        self.received.append(FORWARDED[signal.Signals(number)])
+
+    def _forward(self, family: Sequence[psutil.Process]) -> None:
+        """Hand every signal received so far to each rank that has not got it yet."""
+        if self.interrupts >= KILLING_INTERRUPTS:
+            _send(family, signal.SIGKILL)
+            return
+        ready = set(read_reports(self.report_dir).ready_pids.values())
+        targets = [rank for rank in find_ranks(family) if rank.pid in ready or _age(rank) > UNANNOUNCED_SECONDS]
+        for target in targets or self._other_backend(family):
+            for number in self.received[self.delivered.get(target, 0) :]:
+                _send([target], number)
+            self.delivered[target] = len(self.received)
+
+    def _other_backend(self, family: Sequence[psutil.Process]) -> list[psutil.Process]:
+        """Whom to tell when ranks run on other hosts: pdsh is stopped by the runner itself, mpirun and srun forward."""
+        children = [process for process in family if _parent(process) == self.runner.pid]
+        if any(map(_is_node_launcher, children)) or find_ranks(family):
+            return []
+        names = {_name(process): process for process in children}
+        if "pdsh" in names:
+            return [process for process in [psutil.Process(self.runner.pid)] if process.is_running()]
+        return [process for name, process in names.items() if name in ("mpirun", "mpiexec", "mpirun_rsh", "srun")]
+
+    def _wait_for_survivors(self) -> None:
+        """After the runner: ranks that it left behind end by themselves or are made to; then nothing is left."""
+        while family := self._reap(_descendants()):
+            ranks = find_ranks(family)
+            if ranks and not self.received:
+                self.received.append(signal.SIGTERM)  # whatever ended the runner meant the run
+            if self.received:
+                self._forward(family)
+            if not any(map(_is_node_launcher, family)):
+                self._hurry(family, ranks)
+            time.sleep(POLL_SECONDS)
+
+    def _hurry(self, family: Sequence[psutil.Process], ranks: Sequence[psutil.Process]) -> None:
+        """Once the first rank has ended, the rest of the family has a grace period; then TERM, then KILL."""
+        if ranks and not read_reports(self.report_dir).exit_codes and not self.adopted_codes:
+            return
+        now = time.monotonic()
+        if self.deadline is None:
+            self.deadline, self.next_signal = now + ORPHAN_GRACE_SECONDS, signal.SIGTERM
+        elif now > self.deadline:
+            _send(family, self.next_signal)
+            self.deadline, self.next_signal = now + KILL_AFTER_SECONDS, signal.SIGKILL
+
+    def _reap(self, family: Sequence[psutil.Process]) -> list[psutil.Process]:
+        """Collect the exit codes of adopted processes that ended; returns those still alive."""
+        alive = []
+        for process in family:
+            try:
+                pid, status = os.waitpid(process.pid, os.WNOHANG)
+            except ChildProcessError:  # not ours to wait for: its parent lives
+                alive.append(process)
+                continue
+            if pid == 0:
+                alive.append(process)
+            else:
+                self.adopted_codes.append(os.waitstatus_to_exitcode(status))
+        return alive
+
+
+def exit_code(reports: Reports, runner_code: int, adopted_codes: Sequence[int]) -> int:
+    """The ranks' answer: the first failure, else 75 if any stopped on request, else 0.
+
+    Programs that report nothing are judged by the runner's code and those of the processes it left behind.
+    """
+    runner_failure = max(runner_code, 0)
+    if not reports.ready_pids and not reports.exit_codes:
+        orphan_failure = next((_shell_code(code) for code in adopted_codes if code != 0), 0)
+        return runner_failure or orphan_failure or _shell_code(runner_code)
+    failures = [code for code in reports.exit_codes.values() if code not in (0, STOPPED_ON_REQUEST)]
+    if failures:
+        return failures[0]
+    if reports.any_lost:
+        return runner_failure if runner_failure not in (0, STOPPED_ON_REQUEST) else 1
+    return STOPPED_ON_REQUEST if STOPPED_ON_REQUEST in reports.exit_codes.values() else runner_failure
+
+
+def find_ranks(family: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The processes that were started with a LOCAL_RANK, without their own children."""
+    with_rank = {process.pid: process for process in family if "LOCAL_RANK" in _environment(process)}
+    return [process for process in with_rank.values() if _parent(process) not in with_rank]
+
+
+def _adopt_orphans() -> None:
+    """On Linux, descendants that lose their parent become our children, so that none escapes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _is_node_launcher(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[1:4] == ["-u", "-m", "deepspeed.launcher.launch"]
+    except psutil.Error:
+        return False
+
+
+def _environment(process: psutil.Process) -> Mapping[str, str]:
+    try:
+        return process.environ()
+    except (psutil.Error, OSError):
+        return {}
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
+
+
+def _age(process: psutil.Process) -> float:
+    return time.time() - process.create_time()
+
+
+def _send(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.Error:  # ended meanwhile
+            continue
+
+
+def _shell_code(code: int) -> int:
+    """A death by signal N as shells tell it: 128 + N."""
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,351 @@
+"""The training loop. After a step it makes four plain calls: evaluate, log, save, stop.
+
+A step draws its micro-batches, agrees on their targets in ONE sum over ranks, weighs every micro-batch by its share of
+all targets (so the update does not depend on ranks, accumulation or ZeRO stage), and before the optimizer moves
+agrees in ONE minimum that the loss is finite everywhere, whether to stop, and on rank 0's clock. All decisions follow
+from agreed numbers, so all ranks take them alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from sparselt_dist import distributed
+from sparselt_dist.budget import Budget, batch_size_at, lr_multiplier
+from sparselt_dist.config import Config
+from sparselt_dist.data.batch import Batch
+from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
+from sparselt_dist.metrics import TimeLedger, peak_memory_gib
+
+if TYPE_CHECKING:
+    from sparselt_dist.data.shards import ShardFolder
+    from sparselt_dist.objectives.base import Collator, LossOutput
+
+_LANES = 4  # a 64-bit digest travels as 16-bit lanes, whose sums are exact in float64
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss was NaN or infinite; no update was made from it."""
+
+
+@dataclass
+class Progress:
+    """What a run has done; with the weights, all that a resume needs."""
+
+    step: int = 0
+    tokens: int = 0
+    position: int = 0  # samples drawn, over all ranks
+    seconds: float = 0.0  # of training, restarts included, by rank 0's clock
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Sums:
+    """Running (sum, count) of each metric of a step, on this rank."""
+
+    values: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
+        old = self.values.get(name)
+        total, count = total.detach().double(), count.detach().double().to(total.device)
+        self.values[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+
+    def add_output(self, output: LossOutput, num_targets: torch.Tensor) -> None:
+        """The loss weighted by its targets, and every term of the objective."""
+        self.add("loss", output.loss * num_targets, num_targets)
+        for name, (total, count) in output.metrics.items():
+            self.add(f"term/{name}", total, count)
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Means over all ranks; all ranks call it together. A metric that counted nothing is left out."""
+        names = sorted(self.values)
+        if not names:
+            return {}
+        flat = torch.stack([part.to(device) for name in names for part in self.values[name]])
+        pairs = distributed.reduce_sum(flat).view(-1, 2).tolist()
+        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+
+
+@dataclass
+class StepResult:
+    """What one step gives to the log."""
+
+    sums: Sums
+    tokens: int
+    digest: int
+    lr: float
+    grad_norm: float | None
+    stop: bool
+
+
+class Trainer:
+    """Runs steps until the budget is spent or a stop is asked for. All ranks hold one each and run alike."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        engine: DeepSpeedEngine,
+        ranks: distributed.Ranks,
+        micro_batch_size: int,
+        loader: Loader,
+        validation: ShardFolder | None,
+        evaluation_collator: Collator,
+        progress: Progress,
+        ledger: TimeLedger,
+        stop_flag: distributed.StopFlag,
+        on_log: Callable[[dict[str, Any]], None],
+        on_save: Callable[[], None],
+        flops_per_second_per_token: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.ranks = ranks
+        self.micro_batch_size = micro_batch_size
+        self.loader = loader
+        self.validation = validation
+        self.evaluation_collator = evaluation_collator
+        self.progress = progress
+        self.ledger = ledger
+        self.stop_flag = stop_flag
+        self.on_log = on_log
+        self.on_save = on_save
+        self.mfu_per_token_rate = flops_per_second_per_token
+        self.clock = clock
+        self.budget = Budget.from_section(config.budget)
+        self.device = engine.device
+        self.step_seconds = 0.0
+        self.checkpoint_seconds = 0.0
+        self.first_batch_seconds: float | None = None
+        self.last_line: dict[str, Any] = {}
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self) -> str:
+        """Train; returns "finished" (budget spent) or "stopped" (asked for, checkpoint committed)."""
+        started = self.clock() - self.progress.seconds
+        micro_batches = iter(self.loader)
+        while not self.spent():
+            step_started, waited_before = self.clock(), self.ledger.seconds()["data"]
+            result = self._train_step(micro_batches, started)
+            self.step_seconds = self.clock() - step_started
+            data_seconds = self.ledger.seconds()["data"] - waited_before
+            done = self.spent()
+            line_due = result.stop or done or self._due(self.config.log.every_steps) or self.config.log.batch_digest
+            evaluation_due = not done and self._due(self.config.train.evaluate_every_steps)
+            line: dict[str, Any] = {}
+            if line_due or evaluation_due:
+                with self.ledger.phase("log"):
+                    line = self._line(result, data_seconds)
+            if evaluation_due:
+                line.update(self.evaluate())
+            if done:
+                self.last_line = line  # logged with the final evaluation
+            elif line:
+                self.log(line)
+            if result.stop or (not done and self._due(self.config.checkpoint.every_steps)):
+                self.save()
+            if result.stop:
+                return "stopped" if not done else "finished"
+        return "finished"
+
+    def spent(self) -> bool:
+        """Whether the budget ends here; for hours, whether the next step would end past the deadline."""
+        return self.budget.spent(
+            steps=self.progress.step,
+            tokens=self.progress.tokens,
+            seconds=self.progress.seconds,
+            next_step_seconds=self.step_seconds,
+        )
+
+    def fraction(self) -> float:
+        """The spent share of the budget, in [0, 1]."""
+        return self.budget.fraction(
+            steps=self.progress.step, tokens=self.progress.tokens, seconds=self.progress.seconds
+        )
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.progress.step % every == 0
+
+    # ---------------------------------------------------------------- one step
+
+    def _train_step(self, micro_batches: Iterator[MicroBatch], started: float) -> StepResult:
+        fraction = self.fraction()
+        lr = self._set_rate(fraction)
+        self.engine.module.set_progress(self.progress.step, fraction)
+        batch_size = self._batch_size(fraction)
+        drawn = self._draw(micro_batches, batch_size // (self.micro_batch_size * self.ranks.world_size))
+        targets, tokens, digest = self._agree_on_targets(drawn)
+        sums = Sums()
+        for number, micro_batch in enumerate(drawn):
+            last = number == len(drawn) - 1
+            self._forward_backward(micro_batch.batch, targets, sums, last)
+        stop, seconds = self._agree_before_update(sums, started)
+        with self.ledger.phase("optimizer"):
+            self.engine.step()
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.position += batch_size
+        self.progress.seconds = seconds
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(sums, tokens, digest, lr, None if norm is None else float(norm), stop)
+
+    def _set_rate(self, fraction: float) -> float:
+        schedule = self.config.schedule
+        lr = self.config.optim.peak_lr * lr_multiplier(
+            schedule.name,
+            fraction,
+            warmup=schedule.warmup,
+            decay=schedule.decay,
+            min_lr_ratio=schedule.min_lr_ratio,
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _batch_size(self, fraction: float) -> int:
+        """Sequences of this global step; the ramp counts the micro-batches of all ranks as one."""
+        target = self.config.train.global_batch_size
+        if self.config.train.batch_ramp_end is None:
+            return target
+        unit = self.micro_batch_size * self.ranks.world_size
+        return batch_size_at(fraction, micro_batch_size=unit, target=target, ramp_end=self.config.train.batch_ramp_end)
+
+    def _draw(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
+        started = self.clock()
+        with self.ledger.phase("data"):
+            drawn = [next(micro_batches) for _ in range(count)]
+        if self.first_batch_seconds is None:
+            self.first_batch_seconds = self.clock() - started
+        return drawn
+
+    def _agree_on_targets(self, drawn: list[MicroBatch]) -> tuple[float, int, int]:
+        """Targets and tokens of the global step, and its digest: the one sum over ranks."""
+        digest = sum(micro_batch.digest for micro_batch in drawn) % 2**64
+        numbers = [
+            float(sum(int(micro_batch.batch["num_targets"]) for micro_batch in drawn)),
+            float(sum(int(micro_batch.batch["num_tokens"]) for micro_batch in drawn)),
+            *(float(digest >> (16 * lane) & 0xFFFF) for lane in range(_LANES)),
+        ]
+        with self.ledger.phase("communication"):
+            total = distributed.reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+        joined = sum(int(lane) << (16 * number) for number, lane in enumerate(total[2:])) % 2**64
+        return max(total[0], 1.0), int(total[1]), joined
+
+    def _forward_backward(self, batch: Batch, global_targets: float, sums: Sums, last: bool) -> None:
+        num_targets = batch["num_targets"]
+        self.engine.set_gradient_accumulation_boundary(last)
+        with self.ledger.phase("forward"):
+            output: LossOutput = self.engine(_to_device(batch, self.device))
+            sums.add_output(output, num_targets.to(self.device))
+        with self.ledger.phase("backward"):
+            # DeepSpeed averages over ranks, so their number is multiplied back in.
+            weight = float(num_targets) * self.ranks.world_size / global_targets
+            self.engine.backward(output.loss * weight, scale_wrt_gas=False)
+
+    def _agree_before_update(self, sums: Sums, started: float) -> tuple[bool, float]:
+        """All losses finite, any rank asked to stop, rank 0's clock: the one minimum over ranks.
+
+        Raises:
+            NonFiniteLossError: on all ranks alike, before the optimizer moves.
+        """
+        with self.ledger.phase("communication"):
+            finite = bool(torch.isfinite(sums.values["loss"][0]))
+            elapsed = self.clock() - started if self.ranks.is_main else np.inf
+            numbers = torch.tensor([float(finite), -float(self.stop_flag.is_set), elapsed], dtype=torch.float64)
+            all_finite, stop, seconds = distributed.reduce_min(numbers.to(self.device)).tolist()
+        if not all_finite:
+            self._raise_non_finite(finite)
+        return stop < 0, seconds
+
+    def _raise_non_finite(self, own_is_finite: bool) -> None:
+        reports = distributed.gather_objects(None if own_is_finite else self._sample_keys(), self.ranks)
+        rank, keys = next((rank, keys) for rank, keys in enumerate(reports) if keys is not None)
+        raise NonFiniteLossError(
+            f"step {self.progress.step}: the loss on rank {rank} is not finite; its samples are {', '.join(keys[:8])}"
+            f"{' ...' if len(keys) > 8 else ''}. No update was made. Lower optim.peak_lr, or look at the samples with "
+            "`sparselt shards inspect`"
+        )
+
+    def _sample_keys(self) -> list[str]:
+        """Keys of this rank's samples in the step under way."""
+        count = self._batch_size(self.fraction()) // self.ranks.world_size
+        return self.loader.keys(self.progress.position, count)
+
+    # ---------------------------------------------------------------- after a step
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss and terms, on the same rows with the same masks every time."""
+        if self.validation is None:
+            return {}
+        sums = Sums()
+        self.engine.eval()
+        with self.ledger.phase("evaluate"), torch.no_grad():
+            for batch in evaluation_batches(
+                self.validation,
+                self.evaluation_collator,
+                max_samples=self.config.train.evaluate_samples,
+                micro_batch_size=self.micro_batch_size,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+            ):
+                sums.add_output(self.engine(_to_device(batch, self.device)), batch["num_targets"].to(self.device))
+            means = sums.means(self.device)
+        self.engine.train()
+        return {f"eval/{name.removeprefix('term/')}": value for name, value in means.items() if name != "term/loss"}
+
+    def _line(self, result: StepResult, data_seconds: float) -> dict[str, Any]:
+        """The journal's line of a step; all ranks call it together."""
+        means = result.sums.means(self.device)
+        name = self.config.objective.name
+        line: dict[str, Any] = {"step": self.progress.step, "train/loss": means.pop("loss", 0.0), "train/lr": result.lr}
+        if result.grad_norm is not None:
+            line["train/grad_norm"] = result.grad_norm
+        line.update({f"{name}/{term.removeprefix('term/')}": value for term, value in means.items()})
+        tokens_per_second = result.tokens / self.step_seconds
+        line.update(
+            {
+                "progress/tokens": self.progress.tokens,
+                "progress/fraction": self.fraction(),
+                "budget/elapsed_seconds": self.progress.seconds,
+                "perf/tokens_per_second": tokens_per_second,
+                "perf/step_seconds": self.step_seconds,
+                "perf/mfu": tokens_per_second * self.mfu_per_token_rate,
+                "perf/data_wait_fraction": data_seconds / self.step_seconds,
+                "perf/checkpoint_stall_seconds": self.checkpoint_seconds,
+                "perf/memory_gib": peak_memory_gib(),
+            }
+        )
+        if self.first_batch_seconds is not None and self.first_batch_seconds >= 0:
+            line["perf/first_batch_seconds"] = self.first_batch_seconds
+            self.first_batch_seconds = -1.0  # only in the first line of a start
+        if self.config.log.batch_digest:
+            line["batch_digest"] = digest_hex(result.digest)
+        return line
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Hand a line, completed by the time ledger, to the run's journal."""
+        with self.ledger.phase("log"):
+            times = {f"time/{phase}_seconds": seconds for phase, seconds in self.ledger.seconds().items()}
+            self.on_log({**line, **times})
+
+    def save(self) -> None:
+        """Commit a checkpoint; training waits for it."""
+        started = self.clock()
+        with self.ledger.phase("checkpoint"):
+            self.on_save()
+        self.checkpoint_seconds = self.clock() - started
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
