@@ -152,7 +152,7 @@ def known_types() -> list[str]:
 def find(model_type: str) -> Architecture | None:
     """The architecture of a model type, or None if there is none of that name."""
     if model_type == OWN_ARCHITECTURE:
-        return Architecture(model_type, _class_fields(_OWN_FILE, "CrammedBertConfig") if _OWN_FILE.is_file() else {})
+        return Architecture(model_type, _class_fields(_OWN_FILE, "CrammedBertConfig"))
     class_name = _constant_mappings("CONFIG_MAPPING_NAMES").get(model_type)
     if class_name is None:
         return None

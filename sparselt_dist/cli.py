@@ -61,12 +61,16 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     return parser.parse_intermixed_args(argv)
 
 
-def run_command(function: Callable[[], int]) -> int:
-    """Run a command's body; an error the user can mend becomes one message and exit code 2."""
+def run_command(function: Callable[[], int], *, quiet: bool = False) -> int:
+    """Run a command's body; an error the user can mend becomes one message and exit code 2.
+
+    `quiet`: say nothing, for another process says it.
+    """
     try:
         return function()
     except SparseltError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -11,7 +11,7 @@ from sparselt_dist.architectures import Architecture
 from sparselt_dist.budget import SCHEDULES
 from sparselt_dist.config import Config
 from sparselt_dist.config_layers import Faults, Merged, did_you_mean, show
-from sparselt_dist.run_plan import check_ds_config, read_ds_config
+from sparselt_dist.ds_config import check_ds_config, read_ds_config
 
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),

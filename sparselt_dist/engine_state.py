@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import nn
 
@@ -26,8 +27,6 @@ def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
 
 def gather_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and persistent buffer, whole, on the CPU. All ranks must iterate together."""
-    from deepspeed.zero import GatheredParameters
-
     for name, parameter in engine.module.named_parameters():
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             yield name, parameter.detach().to("cpu", copy=True)
@@ -90,4 +89,7 @@ def _create_states(engine: DeepSpeedEngine) -> None:
             for key in MOMENTS:
                 optimizer.state[tensor][key] = torch.zeros_like(tensor.data)
     if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed 0.19 links parameters to their states after the FIRST group's first step, when the other groups have
+        # none yet, and never again; so link anew.
+        engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -79,9 +79,9 @@ def process_birth(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def record_process(run_dir: Path, pid: int) -> None:
-    """Note in the run folder which process trains."""
-    content = {"pid": pid, "birth": process_birth(pid), "host": socket.gethostname()}
+def record_process(run_dir: Path, pid: int, follower: int | None = None) -> None:
+    """Note in the run folder which process trains, and which follows it."""
+    content = {"pid": pid, "birth": process_birth(pid), "host": socket.gethostname(), "follower": follower}
     replace_file(run_dir / PROCESS_NAME, json.dumps(content).encode())
 
 
@@ -104,10 +104,9 @@ def start_follower(run_dir: Path, uri: str, parent_pid: int) -> subprocess.Popen
     """Start the side process; call it on rank 0 after an old summary.json was removed and before training.
 
     It takes experiment, parameters and tags from `config.resolved.yaml`, `environment.json` and `run_id`, which must
-    stand in the folder.
+    stand in the folder. Raises ConfigError for a store that MLflow does not take.
     """
-    run_dir = Path(run_dir).absolute()
-    record_process(run_dir, parent_pid)
+    run_dir, uri = Path(run_dir).absolute(), resolve_store_uri(uri)
     state = read_json(run_dir / STATE_NAME)
     if state.get("uri") != uri:
         (run_dir / STATE_NAME).unlink(missing_ok=True)
@@ -121,7 +120,7 @@ def start_follower(run_dir: Path, uri: str, parent_pid: int) -> subprocess.Popen
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
     try:
         with (run_dir / LOG_NAME).open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -131,43 +130,46 @@ def start_follower(run_dir: Path, uri: str, parent_pid: int) -> subprocess.Popen
             )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    record_process(run_dir, parent_pid, process.pid)
+    return process
 
 
-def mlflow_run_id(
-    run_dir: Path, timeout_seconds: float, process: subprocess.Popen[bytes] | None = None
-) -> str | None:
-    """The MLflow run's id, waiting for the follower to find or make the run; None if it has not in time."""
+def mlflow_identity(run_dir: Path, timeout_seconds: float = 20.0) -> str | None:
+    """The MLflow run's id, waiting for the follower to find or make the run; None if it cannot or has not in time."""
+    run_dir = Path(run_dir)
+    follower = read_json(run_dir / PROCESS_NAME).get("follower")
     deadline = time.monotonic() + timeout_seconds
     while True:
-        run_id = read_json(Path(run_dir) / STATE_NAME).get("run_id")
-        if run_id or time.monotonic() >= deadline or (process is not None and process.poll() is not None):
-            return str(run_id) if run_id else None
+        gone = not isinstance(follower, int) or process_birth(follower) is None
+        state = read_json(run_dir / STATE_NAME)
+        if state.get("run_id"):
+            return str(state["run_id"])
+        if gone or state.get("error") or time.monotonic() >= deadline:
+            return None
         time.sleep(_POLL_SECONDS)
 
 
-def wait_follower(process: subprocess.Popen[bytes], run_dir: Path, timeout_seconds: float) -> dict[str, Any]:
+def wait_follower(process: subprocess.Popen[bytes], run_dir: Path, timeout_seconds: float) -> str:
     """Wait, after summary.json was written, until all is in the store; never raises.
 
-    Returns `mlflow.json`'s content with `delivered` (bool) and `message` (one line that says what is missing and what
-    to do; empty if nothing). A follower that is not done in time is ended, so that a run leaves no process behind;
-    what it did not deliver, `mlflow-sync` does.
+    Returns one line that says what is missing and what to do, empty if nothing; the figures are in `mlflow.json`. A
+    follower that is not done in time is ended, so that a run leaves no process behind; what it has not delivered,
+    `mlflow-sync` does.
     """
     run_dir = Path(run_dir)
     try:
         process.wait(timeout_seconds)
     except subprocess.TimeoutExpired:
-        # Its own signals are ignored; a kill at any moment loses and doubles nothing.
+        # It ignores other signals; a kill at any moment loses and doubles nothing.
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
     state = read_json(run_dir / STATE_NAME)
-    state["delivered"] = bool(state.get("delivered")) and process.returncode == 0
-    state["message"] = "" if state["delivered"] else _shortfall(run_dir, state)
-    return state
+    return "" if process.returncode == 0 and state.get("delivered") else _shortfall(run_dir, state)
 
 
 def _shortfall(run_dir: Path, state: dict[str, Any]) -> str:
-    cause = state.get("error") or f"see {run_dir / LOG_NAME}"
+    cause = state.get("error") or f"out of time; see {run_dir / LOG_NAME}"
     return (
         f"MLflow has not got everything of this run ({cause}); nothing is lost: "
         f"`sparselt mlflow-sync {run_dir}` brings it over when the store is back"

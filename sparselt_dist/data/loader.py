@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from sparselt_dist.objectives.base import Collator
 PREFETCH_FACTOR = 4  # micro-batches ready per worker
 _PLANNED_POSITIONS = 2048  # positions whose order is computed at a time: permuting 2048 costs little more than 32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_IGNORED_IN_WORKERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_IGNORED_IN_WORKERS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class MicroBatch(NamedTuple):
@@ -37,7 +38,18 @@ class MicroBatch(NamedTuple):
 
     batch: Batch
     digest: int
-    """Sum mod 2**64 of a hash of (position, epoch, sample): sums over micro-batches and ranks do not depend on the split."""
+    """Sum mod 2**64 of a hash of (position, epoch, sample): its sum over micro-batches and ranks ignores the split."""
+
+
+class _Made(NamedTuple):
+    """A micro-batch on its way from a worker, as arrays.
+
+    They travel by value through a pipe: torch would pass each tensor as shared memory of its own, which takes ten
+    times as long for micro-batches of usual size and can run out of file descriptors.
+    """
+
+    arrays: dict[str, np.ndarray]
+    digest: int
 
 
 class _Failure(NamedTuple):
@@ -92,7 +104,7 @@ def _blame(folder: ShardFolder, collator: Collator, examples: list[Example], cau
     )
 
 
-class _MicroSteps(Dataset["MicroBatch | _Failure"]):
+class _MicroSteps(Dataset["_Made | _Failure"]):
     """Micro-batches by number; what a worker holds."""
 
     def __init__(
@@ -113,6 +125,7 @@ class _MicroSteps(Dataset["MicroBatch | _Failure"]):
         self._order = SampleOrder(folder.shard_samples, seed, window)
         self._micro = micro_batch_size
         self._stride = micro_batch_size * world_size
+        self._start_position = start_position
         self._first = start_position + rank * micro_batch_size
         self._per_plan = max(1, _PLANNED_POSITIONS // micro_batch_size)
         self._plan: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -129,21 +142,29 @@ class _MicroSteps(Dataset["MicroBatch | _Failure"]):
         _, positions, epochs, samples = self._plan
         return positions[place], epochs[place], samples[place]
 
+    def keys(self, position: int, count: int) -> list[str]:
+        """Keys of this rank's first `count` samples from the global step that begins at `position` of the stream."""
+        micro_step = (position - self._start_position) // self._stride
+        steps = range(micro_step, micro_step - (-count // self._micro))
+        samples = np.concatenate([self.planned(step)[2] for step in steps])
+        return [self.folder.key(int(sample)) for sample in samples[:count]]
+
     def make(self, micro_step: int) -> MicroBatch:
         """The micro-batch of that number. Raises DataError."""
         positions, epochs, samples = self.planned(micro_step)
         batch = _collate(self.folder, self._collator, samples, sample_seed(self._seed, epochs, samples))
         return MicroBatch(batch, _digest(positions, epochs, samples))
 
-    def __getitem__(self, micro_step: int) -> MicroBatch | _Failure:
+    def __getitem__(self, micro_step: int) -> _Made | _Failure:
         """In a worker: the micro-batch, or its fault as data."""
         worker = torch.utils.data.get_worker_info()
         if worker is not None and self.at_work is not None:
             self.at_work[worker.id] = torch.tensor([os.getpid(), micro_step])
         try:
-            return self.make(micro_step)
+            made = self.make(micro_step)
         except SparseltError as fault:
             return _Failure(str(fault))
+        return _Made({key: value.numpy() for key, value in made.batch.items()}, made.digest)
 
     def __len__(self) -> int:
         raise TypeError("the stream has no end")
@@ -153,18 +174,47 @@ def _start_worker(worker: int) -> None:
     """Leave stopping to the training process: a signal to the whole group must not cut off its last batches."""
     for number in _IGNORED_IN_WORKERS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, daemon=True).start()
 
 
-def _as_is(item: MicroBatch | _Failure) -> MicroBatch | _Failure:
+def _obey_parent() -> None:
+    """End this worker when the training process says so at its exit, and on nobody else's SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _as_is(item: Any) -> Any:
+    """In place of torch's conversion to tensors."""
     return item
+
+
+def _shared_table(workers: int) -> torch.Tensor:
+    table = torch.full((workers, 2), -1, dtype=torch.int64)
+    table.share_memory_()
+    return table
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[_Made | _Failure]:
+    """Start the workers, leaving SIGCHLD as it is.
+
+    Torch raises from a handler of it, wherever the training process happens to be; without, the loss of a worker is
+    found where the next batch is awaited.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+    return iterator
 
 
 class Loader:
     """Endless micro-batches of one rank, from a position of the stream.
 
-    `iter()` starts the workers and prefetching at once; call it before the accelerator is initialised, for workers are
-    forked: they start in milliseconds where a spawned one imports torch for seconds, and they touch neither device nor
-    thread pool. With no worker the batches are made when asked for.
+    `iter()` starts the workers and prefetching at once. They are forked: a fork starts in milliseconds, where a spawned
+    process imports torch for seconds, and it is safe here, for workers touch no device and torch gives them one thread.
+    With no worker the batches are made when asked for.
 
     Args:
         window: shards whose samples are permuted together, hence read at a time.
@@ -201,8 +251,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[MicroBatch]:
         if self._num_workers == 0:
-            return self._in_process()
-        self._steps.at_work = torch.full((self._num_workers, 2), -1, dtype=torch.int64).share_memory_()
+            return map(self._pinned, map(self._steps.make, count()))
+        self._steps.at_work = _shared_table(self._num_workers)
         loader = DataLoader(
             self._steps,
             batch_size=None,
@@ -213,18 +263,19 @@ class Loader:
             multiprocessing_context=multiprocessing.get_context("fork"),
             prefetch_factor=PREFETCH_FACTOR,
             persistent_workers=True,
-            pin_memory=self._pin_memory,
         )
-        return self._from_workers(iter(loader))
+        return map(self._pinned, self._from_workers(_start(loader)))
 
-    def _in_process(self) -> Iterator[MicroBatch]:
-        for micro_step in count():
-            made = self._steps.make(micro_step)
-            if self._pin_memory:
-                made = made._replace(batch={key: value.pin_memory() for key, value in made.batch.items()})
-            yield made
+    def keys(self, position: int, count: int) -> list[str]:
+        """Keys of the first `count` samples that this rank takes of the global step that begins at `position`."""
+        return self._steps.keys(position, count)
 
-    def _from_workers(self, results: Iterator[MicroBatch | _Failure]) -> Iterator[MicroBatch]:
+    def _pinned(self, made: MicroBatch) -> MicroBatch:
+        if not self._pin_memory:
+            return made
+        return made._replace(batch={key: value.pin_memory() for key, value in made.batch.items()})
+
+    def _from_workers(self, results: Iterator[_Made | _Failure]) -> Iterator[MicroBatch]:
         while True:
             try:
                 result = next(results)
@@ -232,7 +283,7 @@ class Loader:
                 raise DataError(self._lost_worker(fault)) from fault
             if isinstance(result, _Failure):
                 raise DataError(result.message)
-            yield result
+            yield MicroBatch({key: torch.from_numpy(array) for key, array in result.arrays.items()}, result.digest)
 
     def _lost_worker(self, fault: RuntimeError) -> str:
         assert self._steps.at_work is not None
@@ -246,7 +297,7 @@ class Loader:
         cause = str(fault).splitlines()[0]
         return (
             f"{self._steps.folder.path}: a loader worker died {where}: {cause}; "
-            "check the machine's memory, run `sparselt shards verify`, or set data.num_workers=0 to see the fault itself"
+            "check the machine's memory, run `sparselt shards verify`, or see the fault itself with data.num_workers=0"
         )
 
 
@@ -267,17 +318,15 @@ def evaluation_batches(
     """
     total = min(max_samples, folder.num_samples)
     run_seed = combine(purpose_key("evaluation"), 0)
-    for first in range(rank * micro_batch_size, _round_up(total, micro_batch_size * world_size), micro_batch_size * world_size):
+    stride = micro_batch_size * world_size
+    for start in range(0, total, stride):
+        first = start + rank * micro_batch_size
         samples = np.arange(first, min(first + micro_batch_size, total))
         surplus = len(samples) == 0
         if surplus:
             samples = np.zeros(1, dtype=np.int64)
         batch = _collate(folder, collator, samples, sample_seed(run_seed, np.zeros_like(samples), samples))
         yield _without_targets(batch) if surplus else batch
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _without_targets(batch: Batch) -> Batch:

@@ -113,8 +113,7 @@ class SampleOrder:
         for window in np.unique(windows):
             here = windows == window
             first, end = (int(bound) for bound in epoch.window_starts[window : window + 2])
-            shuffled[here] = first + permute(within[here] - first, end - first, combine(epoch.key, int(window) + 1)).astype(
-                np.int64
-            )
+            key = combine(epoch.key, int(window) + 1)
+            shuffled[here] = first + permute(within[here] - first, end - first, key).astype(np.int64)
         places = np.searchsorted(epoch.starts, shuffled, side="right") - 1
         return np.asarray(self._firsts[epoch.shards[places]] + shuffled - epoch.starts[places])

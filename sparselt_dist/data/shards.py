@@ -1,4 +1,4 @@
-"""The shard format: writer, manifest, index and random access.
+"""The shard format: writer, index and random access; the manifest is in `manifest.py`.
 
 A shard folder holds `shard-000000.tar ...`, an index beside each tar, `manifest.json` and `tokenizer/`. The tars are
 plain WebDataset. Many samples share a tar member, for one member a document costs four times the bytes:
@@ -21,81 +21,50 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
-import pydantic
 
+from sparselt_dist.data.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    Dtype,
+    Kind,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    file_sha256,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+from sparselt_dist.data.shard_index import Member, index_path, read_index
 from sparselt_dist.errors import DataError
 
-FORMAT = "sparselt_dist.shards"
-FORMAT_VERSION = 1
+__all__ = [
+    "MANIFEST",
+    "TOKENIZER",
+    "Dtype",
+    "Kind",
+    "Manifest",
+    "ShardEntry",
+    "ShardFolder",
+    "ShardWriter",
+    "SourceEntry",
+    "file_sha256",
+    "id_dtype",
+    "read_manifest",
+    "shard_name",
+    "write_atomically",
+    "write_manifest",
+]
+
 SAMPLES_PER_MEMBER = 256
-MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer"
-
-Kind = Literal["rows", "documents"]
 
 
-@dataclass(frozen=True)
-class ShardEntry:
-    """One line of the manifest: what a shard file must hold."""
-
-    name: str
-    samples: int  # rows or documents
-    tokens: int  # ids stored
-    bytes: int
-    sha256: str
-    members: int  # samples in the sense of WebDataset
-
-
-@dataclass(frozen=True)
-class SourceEntry:
-    """Where text came from; documents and characters that were kept."""
-
-    name: str
-    license: str
-    documents: int
-    characters: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of manifest.json; `sha256` is the hash of the file itself and is not stored in it."""
-
-    format: str
-    format_version: int
-    kind: Kind
-    sequence_length: int | None
-    dtype: Literal["uint16", "uint32"]
-    samples: int
-    tokens: int
-    vocab_size: int
-    tokenizer_sha256: str
-    shards: tuple[ShardEntry, ...]
-    sources: tuple[SourceEntry, ...] = ()
-    prepare: dict[str, Any] = field(default_factory=dict)
-    statistics: dict[str, Any] = field(default_factory=dict)
-    sha256: str = ""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One tar member in a shard's index; offsets are of the first array element, in bytes from the start of the tar."""
-
-    name: str
-    offset: int
-    samples: int
-    tokens: int
-    lengths_offset: int | None = None  # kind documents only
-
-
-_MANIFEST_ADAPTER = pydantic.TypeAdapter(Manifest)
-
-
-def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+def id_dtype(vocab_size: int) -> Dtype:
     """The smallest stored type that holds every id."""
     return "uint16" if vocab_size <= 65536 else "uint32"
 
@@ -103,27 +72,6 @@ def id_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 def shard_name(number: int) -> str:
     """The file name of a shard."""
     return f"shard-{number:06d}.tar"
-
-
-def index_path(shard: Path) -> Path:
-    """The index that belongs to a shard file."""
-    return shard.with_suffix(".index.json")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is either absent, old or complete, also across a crash."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -157,7 +105,7 @@ class _TarWriter:
         self._partial = path.with_name(path.name + ".partial")
         self._file = self._partial.open("wb")
         self._hashing = _HashingFile(self._file)
-        self._tar = tarfile.open(fileobj=cast(BinaryIO, self._hashing), mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=cast(BinaryIO, self._hashing), mode="w", format=tarfile.USTAR_FORMAT)
         self.members: list[Member] = []
 
     def _add_array(self, name: str, array: np.ndarray) -> int:
@@ -260,154 +208,7 @@ class ShardWriter:
         self._next_shard += 1
 
 
-def write_manifest(
-    folder: Path | str,
-    entries: Iterable[ShardEntry],
-    *,
-    kind: Kind,
-    sequence_length: int | None,
-    dtype: Literal["uint16", "uint32"],
-    vocab_size: int,
-    tokenizer_sha256: str,
-    sources: Iterable[SourceEntry] = (),
-    prepare: dict[str, Any] | None = None,
-    statistics: dict[str, Any] | None = None,
-) -> Manifest:
-    """Complete a shard folder: write manifest.json, last and atomically."""
-    shards = tuple(entries)
-    manifest = Manifest(
-        format=FORMAT,
-        format_version=FORMAT_VERSION,
-        kind=kind,
-        sequence_length=sequence_length,
-        dtype=dtype,
-        samples=sum(entry.samples for entry in shards),
-        tokens=sum(entry.tokens for entry in shards),
-        vocab_size=vocab_size,
-        tokenizer_sha256=tokenizer_sha256,
-        shards=shards,
-        sources=tuple(sources),
-        prepare=prepare or {},
-        statistics=statistics or {},
-    )
-    content = dataclasses.asdict(manifest)
-    del content["sha256"]
-    write_atomically(Path(folder) / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
-    return read_manifest(folder)
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_manifest(folder: Path | str) -> Manifest:
-    """The manifest of a shard folder.
-
-    Raises:
-        DataError: the folder or its manifest is missing, unreadable, of another format, or lists no shard.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as cause:
-        raise DataError(_missing_manifest(folder)) from cause
-    except OSError as cause:
-        raise DataError(f"{path}: cannot be read: {cause.strerror}; expected a shard folder's manifest") from cause
-    try:
-        manifest = _MANIFEST_ADAPTER.validate_json(content, strict=True)
-    except pydantic.ValidationError as cause:
-        first = cause.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(
-            f"{path}: corrupt manifest: {where + ': ' if where else ''}{first['msg']}; restore it or run `sparselt prepare` anew"
-        ) from cause
-    if manifest.format != FORMAT or manifest.format_version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: found format {manifest.format!r} version {manifest.format_version}, expected {FORMAT!r} version "
-            f"{FORMAT_VERSION}; prepare the text again with this version of sparselt_dist"
-        )
-    if not manifest.shards or manifest.samples == 0:
-        raise DataError(f"{path}: the folder holds no sample; expected at least one shard; prepare it again with more text")
-    return dataclasses.replace(manifest, sha256=hashlib.sha256(content).hexdigest())
-
-
-def _missing_manifest(folder: Path) -> str:
-    fix = "run `sparselt prepare` first, or correct the path"
-    if not folder.exists():
-        return f"{folder}: no such shard folder; {fix}"
-    if not folder.is_dir():
-        return f"{folder}: is a file, expected a shard folder; {fix}"
-    if (folder / "train" / MANIFEST).exists():
-        return f"{folder}: holds the shard folders train/ and validation/; name one of them"
-    if (folder / ".work").exists():
-        return f"{folder}: holds an unfinished preparation and no {MANIFEST}; run the same `sparselt prepare` again"
-    return f"{folder}: holds no {MANIFEST}, so it is no complete shard folder; {fix}"
-
-
-def scan_tar(path: Path, kind: Kind) -> list[Member]:
-    """The index of a shard, from the tar itself.
-
-    Raises:
-        DataError: the tar or an array in it cannot be read; the file is named.
-    """
-    arrays: dict[str, tuple[int, tuple[int, ...], np.ndarray | None]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.name.endswith(".npy"):
-                    continue
-                file = tar.extractfile(info)
-                assert file is not None
-                arrays[info.name] = _npy_place(file, info, keep=info.name.endswith(".lengths.npy"))
-    except (tarfile.TarError, OSError, ValueError, EOFError) as cause:
-        raise DataError(f"{path}: not a readable shard: {cause}; restore the file or prepare the folder again") from cause
-    members = []
-    for name, (offset, shape, _) in arrays.items():
-        if not name.endswith(".ids.npy"):
-            continue
-        if kind == "rows":
-            if len(shape) != 2:
-                raise DataError(f"{path}: member {name} has shape {list(shape)}, expected [rows, sequence_length]")
-            members.append(Member(name, offset, shape[0], shape[0] * shape[1]))
-            continue
-        lengths = arrays.get(name.removesuffix(".ids.npy") + ".lengths.npy")
-        if lengths is None or lengths[2] is None or len(shape) != 1 or int(lengths[2].sum()) != shape[0]:
-            raise DataError(f"{path}: member {name} does not agree with its lengths; prepare the folder again")
-        members.append(Member(name, offset, len(lengths[2]), shape[0], lengths[0]))
-    return members
-
-
-def _npy_place(
-    file: Any, info: tarfile.TarInfo, keep: bool
-) -> tuple[int, tuple[int, ...], np.ndarray | None]:
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read_header(file)
-    offset = info.offset_data + file.tell()
-    values = np.frombuffer(file.read(), dtype=dtype) if keep else None
-    return offset, shape, values
-
-
-def read_index(shard: Path, kind: Kind) -> list[Member]:
-    """The index of a shard, from its file if that is there and fits the tar, else from a scan of the tar."""
-    try:
-        stored = json.loads(index_path(shard).read_bytes())["members"]
-        members = [Member(**entry) for entry in stored]
-    except (OSError, ValueError, KeyError, TypeError):
-        return scan_tar(shard, kind)
-    return members if _index_fits(shard, members) else scan_tar(shard, kind)
-
-
-def _index_fits(shard: Path, members: list[Member]) -> bool:
-    """Whether each member's header stands in front of its data, which a repacked tar would have moved."""
-    with shard.open("rb") as file:
-        for member in members:
-            data_block = (member.offset - 1) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
-            file.seek(max(0, data_block - tarfile.BLOCKSIZE))
-            header = file.read(tarfile.BLOCKSIZE + 6)
-            if not header.startswith(member.name.encode() + b"\0") or not header.endswith(b"\x93NUMPY"):
-                return False
-    return bool(members)
 
 
 @dataclass(frozen=True)
@@ -459,7 +260,8 @@ class ShardFolder:
         if size != entry.bytes:
             state = "truncated" if size < entry.bytes else "longer than written"
             raise DataError(
-                f"{shard}: {state}: found {size} bytes, expected {entry.bytes}; restore the file or prepare the folder again"
+                f"{shard}: {state}: found {size} bytes, expected {entry.bytes}; restore the file or "
+                "prepare the folder again"
             )
 
     def _locate(self, sample: int) -> tuple[int, int]:
@@ -480,7 +282,7 @@ class ShardFolder:
             return opened
         path = self.path / self.shards[shard].name
         members = read_index(path, self.manifest.kind)
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # a plain view slices faster
         itemsize = np.dtype(self.manifest.dtype).itemsize
         starts, lengths = [], []
         for member in members:
@@ -508,13 +310,18 @@ class ShardFolder:
         opened = self._open(shard)
         start, length = int(opened.starts[inside]), int(opened.lengths[inside])
         dtype = np.dtype(self.manifest.dtype)
-        ids = np.frombuffer(opened.data[start : start + length * dtype.itemsize].tobytes(), dtype=dtype)
+        ids: np.ndarray = opened.data[start : start + length * dtype.itemsize].copy().view(dtype)
         if length and int(ids.max()) >= self.manifest.vocab_size:
+            where = self.path / self.shards[shard].name
             raise DataError(
-                f"{self.path / self.shards[shard].name}: sample {inside} holds token id {int(ids.max())}, expected ids below "
-                f"the vocabulary's {self.manifest.vocab_size}; run `sparselt shards verify {self.path}` and prepare again"
+                f"{where}: sample {inside} holds token id {int(ids.max())}, outside the vocabulary of "
+                f"{self.manifest.vocab_size}; run `sparselt shards verify {self.path}` and prepare again"
             )
         return ids
+
+    def lengths(self, shard: int) -> np.ndarray:
+        """Tokens of each sample of one shard, int64."""
+        return self._open(shard).lengths
 
     def read(self, samples: np.ndarray) -> list[np.ndarray]:
         """The ids of several samples, in the order asked."""
@@ -532,5 +339,7 @@ def _resolve(path: str) -> tuple[Path, frozenset[str] | None]:
         return matches[0], None
     folders = {match.parent for match in matches if match.suffix == ".tar"}
     if len(folders) != 1 or any(match.suffix != ".tar" for match in matches):
-        raise DataError(f"{path}: matches {len(matches)} paths, expected one shard folder or the .tar files of one folder")
+        raise DataError(
+            f"{path}: matches {len(matches)} paths, expected one shard folder or the .tar files of one folder"
+        )
     return folders.pop(), frozenset(match.name for match in matches)

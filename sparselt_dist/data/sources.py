@@ -25,7 +25,7 @@ from typing import IO, Any, Literal, NamedTuple, cast
 from sparselt_dist.data import embedded
 from sparselt_dist.errors import ConfigError, DataError
 
-MAX_TEXT_CHARACTERS = 8_000_000  # a longer plain text file is cut at line ends into documents of this size
+MAX_TEXT_BYTES = 4_000_000  # a longer plain text file is cut at line ends into documents of at most this size
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 KINDS: dict[str, Literal["text", "jsonl", "parquet"]] = {
     ".txt": "text",
@@ -137,8 +137,8 @@ def _folder_files(folder: Path) -> list[Path]:
         found += [path for path in paths if _plain_suffix(path) in KINDS]
     if not found:
         raise DataError(
-            f"prepare.source: {folder}: holds no text; expected files ending in {', '.join(KINDS)}, plain or compressed "
-            f"({', '.join(COMPRESSIONS)}); name single files of another ending by themselves"
+            f"prepare.source: {folder}: holds no text; expected files ending in {', '.join(KINDS)}, plain or "
+            f"compressed ({', '.join(COMPRESSIONS)}); name single files of another ending by themselves"
         )
     return found
 
@@ -186,7 +186,7 @@ class Reader:
             self.document = 0
 
     def _read(self, item: Item, skip: int) -> Iterator[Document]:
-        if item.kind in ("saved", "hub"):
+        if item.kind in ("saved", "hub", "parquet"):
             yield from _read_data_set(item, skip)
             return
         yield from itertools.islice(self._read_file(item), skip, None)
@@ -196,11 +196,8 @@ class Reader:
             for text in embedded.CORPORA[item.location]():
                 yield Document(text, item.source, item.license)
             return
-        if item.kind == "parquet":
-            yield from _read_parquet(item)
-            return
         with contextlib.ExitStack() as stack, _reading(item):
-            self._file = stack.enter_context(open(item.location, "rb"))  # noqa: SIM115 - the stack closes it
+            self._file = stack.enter_context(open(item.location, "rb"))
             stream = stack.enter_context(_decompressed(self._file, item.location))
             yield from _read_json_lines(stream, item) if item.kind == "jsonl" else _read_text(stream, item)
 
@@ -212,7 +209,7 @@ def _reading(item: Item) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as cause:
         raise DataError(
-            f"prepare.source: {item.location}: cannot be read: {cause}; expected a sound, readable file; restore or remove it"
+            f"prepare.source: {item.location}: cannot be read: {cause}; expected a sound file; restore or remove it"
         ) from cause
 
 
@@ -225,47 +222,22 @@ def _decompressed(file: IO[bytes], location: str) -> IO[bytes]:
     if suffix == ".xz":
         return cast(IO[bytes], lzma.LZMAFile(file))
     if suffix == ".zst":
-        import pyarrow  # comes with `datasets`; the standard library reads zstd from Python 3.14 on
+        import zstandard
 
-        return cast(IO[bytes], _LineStream(pyarrow.CompressedInputStream(file, "zstd")))
+        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
     return file
-
-
-class _LineStream(contextlib.AbstractContextManager["_LineStream"]):
-    """`read` and line iteration over a pyarrow stream, which has no `readline`."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-
-    def read(self, size: int) -> bytes:
-        return bytes(self._stream.read(size))
-
-    def __iter__(self) -> Iterator[bytes]:
-        rest: list[bytes] = []
-        while block := self.read(1 << 20):
-            *lines, last = block.split(b"\n")
-            for line in lines:
-                yield b"".join((*rest, line))
-                rest = []
-            rest.append(last)
-        if any(rest):
-            yield b"".join(rest)
 
 
 def _read_text(stream: IO[bytes], item: Item) -> Iterator[Document]:
     """A file as one document; a huge one in pieces cut at line ends."""
-    limit = 4 * MAX_TEXT_CHARACTERS
     pending, offset = b"", 0
     while True:
-        block = stream.read(limit - len(pending))
+        block = stream.read(MAX_TEXT_BYTES - len(pending))
         data = pending + block
         if not data:
             return
         # pyarrow and gzip may give less than asked, so only an empty block means the end
-        if block and len(data) < limit:
+        if block and len(data) < MAX_TEXT_BYTES:
             pending = data
             continue
         cut = len(data) if not block else data.rfind(b"\n") + 1 or _character_start(data)
@@ -287,8 +259,8 @@ def _decode(data: bytes, item: Item, offset: int) -> str:
     zero = data.find(b"\0")
     if zero >= 0:
         raise DataError(
-            f"prepare.source: {item.location}: is a binary file (a zero byte at {offset + zero}); expected text in UTF-8; "
-            "remove it from the source, or give a compressed file its ending"
+            f"prepare.source: {item.location}: is a binary file (a zero byte at {offset + zero}); expected text in "
+            "UTF-8; remove it from the source, or give a compressed file its ending"
         )
     try:
         return data.decode("utf-8-sig" if offset == 0 else "utf-8")
@@ -309,7 +281,9 @@ def _read_json_lines(stream: IO[bytes], item: Item) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except ValueError as cause:  # also not UTF-8
-            raise DataError(f"{where}: not JSON: {cause}; expected one object a line; mend or remove the line") from cause
+            raise DataError(
+                f"{where}: not JSON: {cause}; expected one object a line; mend or remove the line"
+            ) from cause
         yield _row_document(row, item, where)
     if empty:
         raise DataError(f"prepare.source: {item.location}: holds no line; expected one JSON object a line")
@@ -322,7 +296,8 @@ def _row_document(row: object, item: Item, where: str) -> Document:
         if isinstance(row, dict) and item.text_key in row:
             found = f"{item.text_key!r} of type {type(text).__name__}"
         raise DataError(
-            f"{where}: found {found}, expected a string under {item.text_key!r}; set prepare.text_key to the field with the text"
+            f"{where}: found {found}, expected a string under {item.text_key!r}; set prepare.text_key to the "
+            "field with the text"
         )
     source, license = row.get("source"), row.get("license")
     return Document(
@@ -330,23 +305,6 @@ def _row_document(row: object, item: Item, where: str) -> Document:
         source if isinstance(source, str) and source else item.source,
         license if isinstance(license, str) and license else item.license,
     )
-
-
-def _read_parquet(item: Item) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(item.location)
-        names = file.schema_arrow.names
-        wanted = [name for name in (item.text_key, "source", "license") if name in names] or names
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield _row_document(row, item, f"prepare.source: {item.location}: row {number}")
-    except (OSError, pyarrow.ArrowException) as cause:
-        raise DataError(f"prepare.source: {item.location}: not a readable Parquet file: {cause}; restore or remove it") from cause
 
 
 def _read_data_set(item: Item, skip: int) -> Iterator[Document]:
@@ -364,7 +322,9 @@ def _open_data_set(item: Item) -> Any:
         if item.kind == "saved":
             data_set = datasets.load_from_disk(item.location)
             if isinstance(data_set, dict) and "train" not in data_set and len(data_set) > 1:
-                raise DataError(f"prepare.source: {item.location}: found splits {', '.join(data_set)}, expected `train`; name one")
+                raise DataError(
+                    f"prepare.source: {item.location}: found splits {', '.join(data_set)}, expected `train`; name one"
+                )
             return data_set.get("train", next(iter(data_set.values()))) if isinstance(data_set, dict) else data_set
         name, _, rest = item.location.partition(":")
         config, _, split = rest.partition(":")
@@ -372,7 +332,8 @@ def _open_data_set(item: Item) -> Any:
     except DataError:
         raise
     except Exception as cause:  # the hub client fails in many ways: offline, unknown, gated, broken
+        reason = (str(cause).splitlines() or [""])[0]
         raise DataError(
-            f"prepare.source: {item.location}: no such file or folder, and not to be had as a Hugging Face data set: "
-            f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}; correct the path or name, or check the network"
+            f"prepare.source: {item.location}: no such file or folder, and not to be had as a Hugging Face data set "
+            f"({type(cause).__name__}: {reason}); correct the path or name, or check the network"
         ) from cause

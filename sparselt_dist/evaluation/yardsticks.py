@@ -41,11 +41,11 @@ _LOG = logging.getLogger(__name__)
 class Size:
     """How much is read and trained. The defaults are those of every run's closing report."""
 
-    heldout_tokens: int = 49_152  # each for masked tokens and for the probe
-    training_tokens: int = 98_304  # for the recovered head
-    probe_tokens: int = 24_576  # for the probe's training
+    heldout_tokens: int = 32_768  # each for masked tokens and for the probe
+    training_tokens: int = 65_536  # for the recovered head
+    probe_tokens: int = 16_384  # for the probe's training
     counted_tokens: int = 4_194_304  # for the unigram distribution
-    head_steps: int = 200
+    head_steps: int = 160
 
 
 def run_yardsticks(

@@ -1,14 +1,15 @@
 """Choosing and corrupting targets: pure functions of ids, attention mask and example seeds.
 
-B rows, L positions, V vocabulary, N the most targets of a row. One 64-bit word is drawn for each position from the seed
-of its row; every further number is hashed from that word, so a position's fate does not depend on the rest of the batch.
+B rows, L positions, V vocabulary, N the most targets of a row. One 64-bit word is drawn for each position from the
+seed of its row; every further number is hashed from that word, so a row does not depend on the rest of the batch.
 
 Two ways of counting (MaskingRule.exact):
 
 - Bernoulli (BERT, RoBERTa): every eligible position on its own with probability p; of the targets `mask_share` become
   the mask token, `random_share` a uniformly random id, the rest stay.
-- exact (cramming, specification 4): round(p * eligible) targets a row without replacement, of which round(mask_share * n)
-  become the mask token, round(random_share * n) random and the rest stay: 26, 3 and 3 of 32. Halves round to even.
+- exact (cramming, specification 4): n = round(p * eligible) targets a row without replacement, of which
+  round(mask_share * n) become the mask token, round(random_share * n) random and the rest stay: 26, 3 and 3 of 32.
+  Halves round to even.
 
 With whole words a word is chosen or left as a whole, by the draw of its first piece; exact counts are then met as
 nearly as whole words allow, while fates stay per position as in BERT.
@@ -105,7 +106,8 @@ def mask_tokens(
 
 def random_ids(words: np.ndarray, vocab_size: int) -> np.ndarray:
     """Uniform ids int64 in [0, vocab_size) hashed from 64-bit words; the modulo's bias is below 2**-46."""
-    return (mix64(words ^ np.uint64(purpose_key("random id"))) % np.uint64(vocab_size)).astype(np.int64)
+    ids: np.ndarray = (mix64(words ^ np.uint64(purpose_key("random id"))) % np.uint64(vocab_size)).astype(np.int64)
+    return ids
 
 
 def _threshold(probability: float) -> np.uint64:
@@ -113,7 +115,8 @@ def _threshold(probability: float) -> np.uint64:
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniform: np.ndarray = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform
 
 
 def _word_starts(
@@ -122,7 +125,7 @@ def _word_starts(
     """bool [B, L]: a word begins here. A special token is a word of its own, and so is what follows it."""
     assert vocabulary.continues_word_V is not None
     apart_BL = special_BL | ~eligible_BL
-    starts_BL = ~vocabulary.continues_word_V[ids_BL] | apart_BL
+    starts_BL: np.ndarray = ~vocabulary.continues_word_V[ids_BL] | apart_BL
     starts_BL[:, 1:] |= apart_BL[:, :-1]
     starts_BL[:, 0] = True
     return starts_BL
@@ -131,7 +134,8 @@ def _word_starts(
 def _word_draws(words_BL: np.ndarray, starts_BL: np.ndarray) -> np.ndarray:
     """Each position's draw replaced by that of its word's first piece."""
     first_BL = np.maximum.accumulate(np.where(starts_BL, np.arange(starts_BL.shape[1]), 0), axis=1)
-    return np.take_along_axis(words_BL, first_BL, axis=1)
+    draws_BL: np.ndarray = np.take_along_axis(words_BL, first_BL, axis=1)
+    return draws_BL
 
 
 def _ranked(draws_BL: np.ndarray, eligible_BL: np.ndarray) -> np.ndarray:
@@ -188,4 +192,5 @@ def _whole_words(
     inside_BL = begin_BL + end_BL <= 2 * wanted_B[:, None]
     chosen_BL = np.zeros(order_BL.shape, dtype=bool)
     np.put_along_axis(chosen_BL, order_BL, inside_BL, axis=1)
-    return chosen_BL & eligible_BL
+    chosen_BL &= eligible_BL
+    return chosen_BL

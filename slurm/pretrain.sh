@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sparselt
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#
+# Pretrain on one or several nodes:
+#
+#   sbatch [options of sbatch] slurm/pretrain.sh [arguments of pretrain]
+#   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 slurm/pretrain.sh --config base run.name=first
+#
+# Submit from a shell whose `python` has sparselt_dist installed. One process starts for each GPU, or for each task where
+# the job has no GPUs. Two minutes before the time limit Slurm tells every rank; they save a checkpoint and end with code
+# 75, this script requeues the job, and its next start continues the same run folder. Every other exit code is the job's.
+
+set -uo pipefail
+
+: "${SLURM_JOB_ID:?is not set: submit this script with sbatch}"
+
+python=$(command -v python || command -v python3) || {
+    echo "error: no python on PATH; activate the environment of sparselt_dist, then submit again" >&2
+    exit 2
+}
+
+# The first node's name where it resolves, else the address by which Slurm knows it.
+first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+if ! getent hosts "$first_host" >/dev/null; then
+    address=$(scontrol show node "$first_host" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
+    first_host=${address:-$first_host}
+fi
+export MASTER_ADDR=$first_host
+
+# The port follows from the job's number, so jobs that share a node differ; this script runs on the first node, where
+# a port taken by another program shows.
+port=$((20000 + SLURM_JOB_ID % 10000))
+while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
+    port=$((port + 1))
+done
+export MASTER_PORT=$port
+
+# Since Slurm 22.05 srun no longer takes this from the job by itself.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
+
+# A clean stop must not be cut short by the first rank that ends (--kill-on-bad-exit=0); a rank that died must not keep
+# the others waiting for ever (--wait).
+options=(--export=ALL --kill-on-bad-exit=0 --wait=300)
+gpus=${SLURM_GPUS_ON_NODE:-0}
+if ((gpus > 0)); then
+    ranks=$((SLURM_JOB_NUM_NODES * gpus))
+    options+=(--ntasks="$ranks" --ntasks-per-node="$gpus")
+    if ((${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} < ranks)); then
+        options+=(--overcommit) # fewer tasks, hence perhaps fewer cores, were asked for than GPUs
+    fi
+fi
+
+# Slurm signals the ranks itself. Where it signals only this shell (--signal=B:...), srun hands it on. A TERM means
+# scancel, preemption or the end of the time limit: then whether the job runs again is not for us to say.
+step= signalled=0 terminated=0
+forward() {
+    signalled=1
+    if [[ $1 == TERM ]]; then terminated=1; fi
+    if [[ -n $step ]]; then kill -s "$1" "$step" 2>/dev/null; fi
+}
+trap 'forward USR1' USR1
+trap 'forward TERM' TERM
+
+export PYTHONUNBUFFERED=1
+srun "${options[@]}" "$python" -m sparselt_dist.pretrain "$@" &
+step=$!
+
+while :; do # a signal ends the wait, not the step
+    signalled=0
+    wait "$step"
+    code=$?
+    ((signalled)) || break
+done
+
+if ((code == 75 && !terminated)); then
+    job=$SLURM_JOB_ID
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+        job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
+    fi
+    if scontrol requeue "$job"; then
+        echo "job $job: stopped after a checkpoint and requeued; it continues at the next start"
+        exit 0
+    fi
+    echo "error: job $job could not be requeued; submit it again to continue" >&2
+fi
+exit "$code"

@@ -1,0 +1,138 @@
+"""`sparselt shards inspect|verify DIR`: what is in a shard folder, and whether all of it is sound."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparselt_dist import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sparselt_dist.data.manifest import Manifest
+    from sparselt_dist.data.shards import ShardFolder
+
+HISTOGRAM_BINS = 8
+HISTOGRAM_WIDTH = 40
+SAMPLE_CHARACTERS = 400
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = cli.make_parser(
+        "shards",
+        "Look into shard folders, or check every checksum, count and token id.",
+        "sparselt shards verify shards/mine/train",
+    )
+    parser.add_argument(
+        "action", choices=["inspect", "verify"], help="inspect: show; verify: check, exit code 2 on a fault"
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="a shard folder, or one that holds train/ and validation/"
+    )
+    parser.add_argument("--samples", type=int, default=2, help="inspect: sample texts to show")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = cli.parse_arguments(build_parser(), argv)
+    return cli.run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    folders = [folder for name in args.folders for folder in _shard_folders(Path(name))]
+    codes = [_verify(folder) if args.action == "verify" else _inspect(folder, args.samples) for folder in folders]
+    return max(codes)
+
+
+def _shard_folders(folder: Path) -> list[Path]:
+    """The folder itself, or the two splits that a preparation with held-out text wrote into it."""
+    if (folder / "manifest.json").exists():
+        return [folder]
+    splits = [folder / split for split in ("train", "validation") if (folder / split / "manifest.json").exists()]
+    return splits or [folder]
+
+
+def _verify(folder: Path) -> int:
+    from sparselt_dist.data.verification import verify
+
+    faults = verify(folder)
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if faults:
+        print(f"{folder}: {len(faults)} faults; restore the files named, or prepare the folder again", file=sys.stderr)
+        return cli.EXIT_USER_ERROR
+    from sparselt_dist.data.manifest import read_manifest
+
+    manifest = read_manifest(folder)
+    print(f"{folder}: sound: {len(manifest.shards)} shards, {manifest.samples:,} samples, {manifest.tokens:,} tokens")
+    return cli.EXIT_DONE
+
+
+def _inspect(folder: Path, samples: int) -> int:
+    from sparselt_dist.data.shards import ShardFolder
+    from sparselt_dist.data.tokenizer import load_for_text, tokenizer_faults
+
+    shards = ShardFolder(folder)
+    manifest = shards.manifest
+    length = manifest.sequence_length or "documents kept whole"
+    print(f"{folder}: {manifest.samples:,} {manifest.kind}, {manifest.tokens:,} tokens, sequence length {length}")
+    tokenizer_kind = manifest.prepare.get("tokenizer", "unknown")
+    print(f"vocabulary {manifest.vocab_size:,} ({tokenizer_kind}), manifest {manifest.sha256[:12]}")
+    for fault in tokenizer_faults(folder, manifest):
+        print(f"warning: {fault}")
+    _print_sources(manifest)
+    _print_shards(manifest)
+    _print_lengths(shards)
+    tokenizer = load_for_text(folder / "tokenizer")
+    for number in _spread(manifest.samples, samples):
+        text = tokenizer.decode(shards.ids(number).tolist(), skip_special_tokens=False)
+        print(f"\n{shards.key(number)}:\n  {text[:SAMPLE_CHARACTERS]!r}")
+    return cli.EXIT_DONE
+
+
+def _print_sources(manifest: Manifest) -> None:
+    print("\nsource                            licence                                documents    characters")
+    for source in manifest.sources:
+        print(f"{source.name:<32.32}  {source.license:<36.36} {source.documents:>11,} {source.characters:>13,}")
+
+
+def _print_shards(manifest: Manifest) -> None:
+    print("\nshard               samples       tokens  members        bytes  sha256")
+    for shard in manifest.shards:
+        counts = f"{shard.samples:>9,} {shard.tokens:>12,} {shard.members:>8,} {shard.bytes:>12,}"
+        print(f"{shard.name:<17} {counts}  {shard.sha256[:12]}")
+
+
+def _print_lengths(folder: ShardFolder) -> None:
+    import numpy as np
+
+    lengths = np.concatenate([folder.lengths(shard) for shard in range(len(folder.shards))])
+    print(f"\nlength: median {int(np.median(lengths)):,}, mean {lengths.mean():,.1f}, longest {lengths.max():,} tokens")
+    edges = _edges(lengths)
+    counts, _ = np.histogram(lengths, bins=edges)
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        bar = "#" * round(HISTOGRAM_WIDTH * count / counts.max())
+        print(f"{int(low):>10,} to {int(high) - 1:>10,} {count:>10,} {bar}")
+
+
+def _edges(lengths: np.ndarray) -> np.ndarray:
+    """Whole-number bin edges, each bin twice as wide as the one below where lengths differ much."""
+    import numpy as np
+
+    low, high = int(lengths.min()), int(lengths.max()) + 1
+    spaced = np.geomspace(low, high, HISTOGRAM_BINS + 1) if low > 0 else np.linspace(low, high, HISTOGRAM_BINS + 1)
+    return np.unique(np.concatenate(([low], spaced[1:-1].round().astype(np.int64), [high])))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """`count` sample numbers at even distances."""
+    return [number * total // max(1, count) for number in range(min(count, total))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

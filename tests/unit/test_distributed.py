@@ -1,0 +1,47 @@
+"""Ranks from the environment, and the stop flag."""
+
+import os
+import signal
+
+import pytest
+
+from sparselt_dist.distributed import StopFlag, ranks_from_environment
+from sparselt_dist.errors import ConfigError
+
+
+def test_alone() -> None:
+    ranks = ranks_from_environment({})
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.is_main) == (0, 1, 0, True)
+
+
+def test_launcher_variables() -> None:
+    ranks = ranks_from_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (5, 8, 1)
+
+
+def test_slurm_variables() -> None:
+    env = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    ranks = ranks_from_environment(env)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank) == (3, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [{"RANK": "0"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}],
+)
+def test_incomplete_or_contradictory_variables_are_refused(env: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="environment"):
+        ranks_from_environment(env)
+
+
+def test_a_signal_only_sets_the_flag() -> None:
+    flag = StopFlag()
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        flag.install()
+        assert not flag.is_set
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.is_set and flag.signal_name == "SIGUSR1"
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
