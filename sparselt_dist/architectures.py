@@ -113,7 +113,7 @@ def _base_fields() -> FieldTypes:
             key = node.args[0]
             if isinstance(key, ast.Constant) and isinstance(key.value, str) and not key.value.startswith("_"):
                 fields.setdefault(key.value, None)
-    return fields | {name: None for name in _COMMON_FIELDS}
+    return fields | dict.fromkeys(_COMMON_FIELDS)
 
 
 @cache
@@ -163,7 +163,7 @@ def find(model_type: str) -> Architecture | None:
     if not fields and (found := next(_transformers_folder().glob(f"models/*/configuration_{module}.py"), None)):
         fields = _class_fields(found, class_name)
     if "rope_parameters" in fields:
-        fields |= {name: None for name in _ROTARY_FIELDS}
+        fields |= dict.fromkeys(_ROTARY_FIELDS)
     return Architecture(model_type, fields)
 
 

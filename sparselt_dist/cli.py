@@ -70,6 +70,7 @@ def run_command(function: Callable[[], int], *, quiet: bool = False) -> int:
         return function()
     except SparseltError as error:
         if not quiet:
+            if not error.silent:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

@@ -131,6 +131,21 @@ _Reader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 _Reader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+class _Writer(yaml.SafeDumper):
+    """SafeDumper that also quotes text which `_Reader`, but not YAML 1.1, would take for a number."""
+
+
+_Writer.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_Reader.yaml_implicit_resolvers.get(first, [])]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Reader.yaml_implicit_resolvers}
+}
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that `parse_yaml` and any other YAML reader read back as these values."""
+    return yaml.dump(values, Dumper=_Writer, sort_keys=False, allow_unicode=True, width=120)
+
+
 def parse_yaml(text: str) -> Any:
     """Parse YAML; raises yaml.YAMLError, or ValueError for a key that cannot be one."""
     try:
@@ -212,7 +227,7 @@ def read_layer(name: str, faults: Faults) -> Layer | None:
 
 
 def read_overrides(overrides: Sequence[str], read_value: Callable[[str, str], Any], faults: Faults) -> Layer:
-    """The layer of `key.path=value` arguments; `read_value(path, text)` gives a value or raises ValueError/YAMLError."""
+    """The layer of `key.path=value` arguments; `read_value(path, text)` may raise ValueError or YAMLError."""
     values: dict[str, Any] = {}
     for override in overrides:
         path, equals, text = override.partition("=")

@@ -30,6 +30,7 @@ from sparselt_dist.config_layers import (
     read_layer,
     read_overrides,
     show,
+    write_yaml,
 )
 from sparselt_dist.errors import ConfigError, PluginError
 from sparselt_dist.objectives.base import available, get_objective
@@ -91,7 +92,7 @@ def dump(config: Config) -> str:
     settings = objective_settings(config)
     own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dataclasses.asdict(settings)
     values["objective"] |= own
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(values)
 
 
 def objective_settings(config: Config) -> Any:

@@ -140,21 +140,35 @@ def gather_objects(value: T, ranks: Ranks) -> list[T]:
     return gathered  # type: ignore[return-value]
 
 
+def agreed(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Run on every rank; an error the user can mend on any is raised on all, so that none waits for the others.
+
+    Only the first rank that met it says it (`SparseltError.silent` elsewhere).
+    """
+    value: T | None = None
+    error: SparseltError | None = None
+    try:
+        value = function()
+    except SparseltError as met:
+        error = met
+    errors = gather_objects(error, ranks)
+    first = next((rank for rank, met in enumerate(errors) if met is not None), None)
+    if first is not None:
+        raised = errors[first]
+        assert raised is not None
+        raised.silent = first != ranks.rank
+        raise raised
+    return value  # type: ignore[return-value]
+
+
 def on_main(ranks: Ranks, function: Callable[[], T]) -> T:
-    """Run on rank 0 and give the result to all; an error the user can mend is raised on all ranks alike."""
+    """Run on rank 0 and give the result to all; an error the user can mend is raised on all ranks, said by rank 0."""
     import torch.distributed as dist
 
-    box: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if ranks.is_main:
-        try:
-            box = [(function(), None)]
-        except SparseltError as error:
-            box = [(None, error)]
+    value = agreed(ranks, lambda: function() if ranks.is_main else None)
+    box = [value]
     dist.broadcast_object_list(box, src=0)
-    value, error = box[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[return-value]
+    return box[0]  # type: ignore[return-value]
 
 
 class StopFlag:

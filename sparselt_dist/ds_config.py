@@ -24,6 +24,7 @@ OWNED_KEYS = (
     "gradient_clipping",
     "bf16",
     "fp16",
+    "torch_autocast",
     "optimizer",
     "scheduler",
 )
@@ -121,7 +122,7 @@ def check_ds_config(
         if key in values and values[key] not in ("auto", {"enabled": ours}, {"enabled": "auto"}):
             expected = f"{show({'enabled': ours})} (train.precision: {config.train.precision})"
             faults.add(name, key, show(values[key]), expected, "remove it; set train.precision in YAML")
-    for key, owner in (("optimizer", "optim"), ("scheduler", "schedule")):
+    for key, owner in (("optimizer", "optim"), ("scheduler", "schedule"), ("torch_autocast", "train.precision")):
         if key in values and values[key] != "auto":
             faults.add(name, key, show(values[key]), f"none: YAML's `{owner}` owns it", "remove it")
     stage, wanted = file_stage(values), config.train.zero_stage

@@ -10,6 +10,7 @@ before the engine is built and only the moments are restored after.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -93,3 +94,21 @@ def _create_states(engine: DeepSpeedEngine) -> None:
         # none yet, and never again; so link anew.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _loss_scaler(engine: DeepSpeedEngine) -> Any:
+    """The fp16 loss scaler, wherever the ZeRO stage keeps it; None in other precisions."""
+    return engine.torch_autocast_z0_gradscaler or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+
+
+def loss_scaler_state(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """State of the fp16 loss scaler, plain numbers; empty in other precisions."""
+    scaler = _loss_scaler(engine)
+    return {} if scaler is None else dict(scaler.state_dict())
+
+
+def restore_loss_scaler(engine: DeepSpeedEngine, state: dict[str, Any]) -> None:
+    """Put back what `loss_scaler_state` gave; a change of precision starts a fresh one."""
+    scaler = _loss_scaler(engine)
+    if scaler is not None and state:
+        scaler.load_state_dict(state)

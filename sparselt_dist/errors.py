@@ -7,6 +7,9 @@ A message says what was found, where, what was expected and what to do.
 class SparseltError(Exception):
     """Base of all errors that a user can mend; `str(error)` is shown without a traceback."""
 
+    silent = False
+    """Another rank says it."""
+
 
 class ConfigError(SparseltError):
     """A configuration, flag or profile is wrong; all faults found are in the one message."""

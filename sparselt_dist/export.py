@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _DESCRIPTION = """\
-A checkpoint to a Hugging Face folder: weights as safetensors, tokenizer, pipeline settings and a model card. It loads with
-AutoModelForMaskedLM.from_pretrained; crammed-bert also where only transformers is installed (trust_remote_code=True).
-An earlier export of the same run is replaced; any other folder that is not empty is refused.
+A checkpoint to a Hugging Face folder: weights as safetensors, tokenizer, pipeline settings and a model card. It loads
+with AutoModelForMaskedLM.from_pretrained; crammed-bert also where only transformers is installed, with
+trust_remote_code=True. An earlier export of the same run is replaced; any other folder that is not empty is refused.
 """
 
 
@@ -29,8 +29,12 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, *, metrics: Mapping[st
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = cli.make_parser("export", _DESCRIPTION, "sparselt export runs/quickstart my-model")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT_OR_RUN", type=Path, help="a checkpoint; or a run folder: its newest")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, nargs="?", help="folder to write; none: model/ in the run folder")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT_OR_RUN", type=Path, help="a checkpoint; or a run folder: its newest"
+    )
+    parser.add_argument(
+        "output", metavar="OUTPUT", type=Path, nargs="?", help="folder to write; none: model/ in the run folder"
+    )
     return parser
 
 

@@ -1,6 +1,6 @@
 """The arithmetic of `plan`: memory per rank by ZeRO stage, steps, tokens, hours. Pure functions, no torch.
 
-Memory: Rajbhandari et al. 2020 (ZeRO), with DeepSpeed's fp32 master copy; activations: Korthikanti et al. 2022, eq. 1
+Memory: Rajbhandari et al. 2020 (ZeRO), with fp32 weights and DeepSpeed's own copy of them; activations: Korthikanti et al. 2022, eq. 1
 without the attention matrix, which fused attention does not store. Estimates, not bounds: expect 20 % either way.
 """
 
@@ -85,26 +85,26 @@ class Memory:
 
 
 def estimate_memory(facts: ModelFacts, layout: Layout, overhead_gib: float) -> Memory:
-    """GiB of one rank in training, by part."""
+    """GiB of one rank in training, by part. Weights and gradients are fp32; 16-bit precision is autocast."""
     stage, world = layout.stage, layout.world_size
-    width = 4 if layout.precision == "fp32" else 2
+    half = layout.precision != "fp32"
     parameters = facts.parameters / GIB
-    weights = parameters * width / (world if stage == 3 else 1)
-    gradients = parameters * width / (world if stage >= 2 else 1)
-    # two fp32 moments, and the fp32 master copy that 16-bit training and every ZeRO stage keep
-    moments = 8 if layout.precision == "fp32" and stage == 0 else 12
-    optimizer = parameters * moments / (world if stage >= 1 else 1)
+    weights = parameters * 4 / (world if stage == 3 else 1)
+    gradients = parameters * 4 / (world if stage >= 2 else 1)
+    # two fp32 moments, and from stage 1 on the optimizer's own copy of its share of the weights
+    optimizer = parameters * (8 if stage == 0 else 12) / (world if stage >= 1 else 1)
     tokens = layout.micro_batch_size * layout.sequence_length
-    kept = tokens * facts.hidden_size * facts.num_layers * _ACTIVATION_BYTES * width / 2
+    kept = tokens * facts.hidden_size * facts.num_layers * _ACTIVATION_BYTES * (1 if half else 2)
     logits = tokens * facts.targets_per_token * facts.vocab_size * _LOGIT_BYTES
-    bucket = min(layout.bucket_elements, facts.parameters) * width
+    bucket = min(layout.bucket_elements, facts.parameters) * 4
+    casts = parameters * 2 if half else 0.0  # autocast keeps its 16-bit weights until the end of the forward pass
     host = (optimizer if layout.offload_optimizer else 0) + (weights if layout.offload_parameters else 0)
     return Memory(
         # offloaded weights pass through the device a layer at a time
         weights=2 * weights / max(facts.num_layers, 2) if layout.offload_parameters else weights,
         gradients=gradients,
         optimizer=0.0 if layout.offload_optimizer else optimizer,
-        activations=(kept + logits) / GIB,
+        activations=(kept + logits) / GIB + casts,
         buffers=(2 * bucket / GIB) if stage >= 1 else 0.0,
         overhead=overhead_gib,
         host=host,

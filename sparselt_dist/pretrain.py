@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_config_arguments(parser)
     parser.add_argument("--resume", default="auto", metavar="auto|never|must|PATH", help="continue which checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, take two steps, write no run folder")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, take two steps, evaluate, save and export, then remove the run folder")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--list-objectives", action="store_true", help="print the objectives and stop")
     parser.add_argument("--list-profiles", action="store_true", help="print the shipped profiles and stop")
@@ -80,10 +80,13 @@ def _run(args: argparse.Namespace, started: float) -> int:
     stop_flag = StopFlag()
     stop_flag.install()
     rank_report.announce()
-    from sparselt_dist.run import pretrain
+    from sparselt_dist.run import dry_run, pretrain
 
     profile = ",".join(args.config) or "quickstart"
-    outcome = pretrain(config, ranks, stop_flag, resume=args.resume, profile=profile, started=started)
+    if args.dry_run:
+        outcome = dry_run(config, ranks, stop_flag, profile=profile, started=started)
+    else:
+        outcome = pretrain(config, ranks, stop_flag, resume=args.resume, profile=profile, started=started)
     return STOPPED if outcome == "stopped" else cli.EXIT_DONE
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +16,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparselt_dist import checkpoint, distributed, engine_state, run_folder
+from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import dump
 from sparselt_dist.data.loader import Loader
@@ -28,7 +31,7 @@ from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 from sparselt_dist.trainer import Progress, Trainer
 
 if TYPE_CHECKING:
-    from sparselt_dist.models.backbone import Backbone
+    from sparselt_dist.models.backbone import Backbone, PretrainingModel
     from sparselt_dist.objectives.base import TokenizerInfo
 
 Outcome = Literal["finished", "stopped", "failed"]
@@ -59,6 +62,10 @@ def open_data(config: Config, ranks: distributed.Ranks) -> Data:
     train, validation = config.data.train, config.data.validation
     if train is None:
         train, validation = distributed.on_main(ranks, lambda: _prepared(config))
+    return distributed.agreed(ranks, lambda: _opened(train, validation))
+
+
+def _opened(train: str, validation: str | None) -> Data:
     folder = ShardFolder(train)
     check_tokenizer(folder.path)
     held_out = ShardFolder(validation) if validation is not None else None
@@ -98,23 +105,31 @@ def find_start(config: Config, data: Data, plan: RunPlan, ranks: distributed.Ran
     return Start(found, Progress(**meta["progress"]), meta["ledger_seconds"])
 
 
-def build_engine(config: Config, plan: RunPlan, data: Data, start: Start) -> DeepSpeedEngine:
+def build_engine(config: Config, plan: RunPlan, data: Data, start: Start, ranks: distributed.Ranks) -> DeepSpeedEngine:
     """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint."""
-    model = build_model(config, data.tokenizer)
-    if start.checkpoint is not None:
-        checkpoint.load_into(model, start.checkpoint)
+    model = distributed.agreed(ranks, lambda: _loaded_model(config, data, start.checkpoint))
     if config.train.compile:
-        model.backbone.compile_encoder()
-    settings = resolve_deepspeed(config, plan)
+        model.backbone.body.compile()
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, config.optim), config=settings, dist_init_required=False
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        config=resolve_deepspeed(config, plan),
+        dist_init_required=False,
     )
     if start.checkpoint is not None:
         moments = checkpoint.TensorFiles.open(start.checkpoint, "moments")
         meta = checkpoint.read_meta(start.checkpoint)
         engine_state.restore_moments(engine, moments.read, meta["optimizer_steps"])
+        engine_state.restore_loss_scaler(engine, meta["loss_scaler"])
         engine.global_steps = start.progress.step
     return engine
+
+
+def _loaded_model(config: Config, data: Data, source: Path | None) -> PretrainingModel:
+    model = build_model(config, data.tokenizer)
+    if source is not None:
+        checkpoint.load_into(model, source)
+    return model
 
 
 def _restore_rank(start: Start, ranks: distributed.Ranks, seed: int) -> None:
@@ -265,6 +280,7 @@ class Run:
             meta={
                 "progress": progress.as_dict(),
                 "tokens": progress.tokens,
+                "loss_scaler": engine_state.loss_scaler_state(self.engine),
                 "optimizer_steps": engine_state.optimizer_steps(self.engine),
                 "ledger_seconds": self.ledger.seconds(),
                 "objective": self.config.objective.name,
@@ -296,8 +312,7 @@ class Run:
         if not self.config.train.yardsticks or self.data.validation is None:
             return {}
         self.console.message("measuring the yardsticks on held-out text")
-        model = build_model(self.config, self.data.tokenizer)  # whole on one device, whatever the ZeRO stage was
-        checkpoint.load_into(model, newest)
+        model = _loaded_model(self.config, self.data, newest)  # whole on one device, whatever the ZeRO stage was
         return run_yardsticks(
             model.backbone.to(self.engine.device),
             self.data.train,
@@ -346,8 +361,10 @@ def _start_follower(config: Config, run_dir: Path, ranks: distributed.Ranks) -> 
     return start_follower(run_dir, config.log.mlflow_uri, os.getpid())
 
 
-def _close(run: Run | None, run_dir: Path, ranks: distributed.Ranks, status: Outcome, follower: subprocess.Popen[bytes] | None) -> None:
-    """Write the summary, which tells the follower to end, and wait for it."""
+def _close(
+    run: Run | None, run_dir: Path, ranks: distributed.Ranks, status: Outcome, follower: subprocess.Popen[bytes] | None
+) -> None:
+    """Write the summary, which tells the follower to end, wait for it, and say how it went."""
     if not ranks.is_main:
         return
     from sparselt_dist.follower import mlflow_identity, wait_follower
@@ -356,10 +373,12 @@ def _close(run: Run | None, run_dir: Path, ranks: distributed.Ranks, status: Out
     if run is not None:
         summary.update(run.summary())
     run_folder.write_json(run_dir / "summary.json", summary)
-    if follower is not None:
-        report = wait_follower(follower, run_dir, timeout_seconds=FOLLOWER_SECONDS)
-        if report:
-            print(report, file=sys.stderr)
+    complaint = wait_follower(follower, run_dir, timeout_seconds=FOLLOWER_SECONDS) if follower is not None else ""
+    if complaint:
+        print(complaint, file=sys.stderr)
+    if run is not None and status != "failed":
+        uri = run.config.log.mlflow_uri if follower is not None else None
+        print(closing_text(summary, run_dir, run.ledger.seconds(), uri), flush=True)
 
 
 def pretrain(
@@ -374,7 +393,7 @@ def pretrain(
     """Run from configuration to finished folder; all ranks call it. Returns how the run ended.
 
     Raises:
-        SparseltError: configuration, data or checkpoint at fault, on all ranks alike unless only one rank met it.
+        SparseltError: configuration, data or checkpoint at fault.
     """
     ledger = TimeLedger(start=started)
     console = ConsoleProgress(rank=ranks.rank, total_steps=config.budget.max_steps)
@@ -389,7 +408,7 @@ def pretrain(
     status: Outcome = "failed"
     run: Run | None = None
     try:
-        engine = build_engine(config, plan, data, start)
+        engine = build_engine(config, plan, data, start, ranks)
         _restore_rank(start, ranks, config.run.seed)
         run = Run(config, plan, data, ranks, engine, start, stop_flag, console, ledger)
         status = run.train()
@@ -398,3 +417,22 @@ def pretrain(
         _close(run, run_dir, ranks, status, follower)
     distributed.shut_down()
     return status
+
+
+def dry_run(config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag, *, profile: str, started: float) -> Outcome:
+    """Everything a run does, for two steps, in a folder that is removed after: the shards it needs are prepared and kept."""
+    folder = os.path.join(tempfile.gettempdir(), f"sparselt-dry-run-{os.environ.get('MASTER_PORT', os.getpid())}")
+    short = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"output_dir": folder}),
+            "budget": config.budget.model_copy(update={"max_steps": 2}),
+            "log": config.log.model_copy(update={"mlflow_uri": None, "every_steps": 1}),
+            "train": config.train.model_copy(update={"yardsticks": False, "evaluate_samples": 64}),
+        }
+    )
+    try:
+        return pretrain(short, ranks, stop_flag, resume="auto", profile=profile, started=started)
+    finally:
+        if ranks.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            print("dry run: two steps, evaluation, checkpoint and export went through; the run folder was removed")

@@ -82,7 +82,7 @@ def resolve_deepspeed(config: Config, plan: RunPlan) -> dict[str, Any]:
     faults.raise_if_any()
     zero = values.setdefault("zero_optimization", {})
     zero["stage"] = plan.zero_stage
-    for key in ("optimizer", "scheduler"):
+    for key in ("optimizer", "scheduler", "bf16", "fp16"):  # checked above to say no more than YAML
         values.pop(key, None)
     precision = config.train.precision
     values |= {
@@ -90,9 +90,13 @@ def resolve_deepspeed(config: Config, plan: RunPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": clipping(config),
-        "bf16": {"enabled": precision == "bf16"},
-        # loss_scale 0 is dynamic scaling
-        "fp16": {"enabled": True, "loss_scale": 0} if precision == "fp16" else {"enabled": False},
+        # fp32 weights and autocast in every ZeRO stage, so that a checkpoint does not depend on precision; gradients are
+        # reduced in fp32 (no module is "safe" for less), so that they do not depend on the number of ranks.
+        "torch_autocast": {
+            "enabled": precision != "fp32",
+            "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "bfloat16"),
+            "lower_precision_safe_modules": [],
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -125,6 +125,7 @@ class Trainer:
         self.budget = Budget.from_section(config.budget)
         self.device = engine.device
         self.step_seconds = 0.0
+        self.log_seconds = 0.0
         self.checkpoint_seconds = 0.0
         self.first_batch_seconds: float | None = None
         self.last_line: dict[str, Any] = {}
@@ -136,10 +137,12 @@ class Trainer:
         started = self.clock() - self.progress.seconds
         micro_batches = iter(self.loader)
         while not self.spent():
-            step_started, waited_before = self.clock(), self.ledger.seconds()["data"]
+            before = self.ledger.seconds()
             result = self._train_step(micro_batches, started)
-            self.step_seconds = self.clock() - step_started
-            data_seconds = self.ledger.seconds()["data"] - waited_before
+            after = self.ledger.seconds()
+            # A step's time runs from the last step's end, its logging included, evaluations and checkpoints not.
+            self.step_seconds = sum(after.values()) - sum(before.values()) + self.log_seconds
+            data_seconds = after["data"] - before["data"]
             done = self.spent()
             line_due = result.stop or done or self._due(self.config.log.every_steps) or self.config.log.batch_digest
             evaluation_due = not done and self._due(self.config.train.evaluate_every_steps)
@@ -153,6 +156,7 @@ class Trainer:
                 self.last_line = line  # logged with the final evaluation
             elif line:
                 self.log(line)
+            self.log_seconds = self.ledger.seconds()["log"] - after["log"]
             if result.stop or (not done and self._due(self.config.checkpoint.every_steps)):
                 self.save()
             if result.stop:
@@ -192,13 +196,23 @@ class Trainer:
             self._forward_backward(micro_batch.batch, targets, sums, last)
         stop, seconds = self._agree_before_update(sums, started)
         with self.ledger.phase("optimizer"):
+            norm = self._own_gradient_norm()
             self.engine.step()
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.position += batch_size
         self.progress.seconds = seconds
-        norm = self.engine.get_global_grad_norm()
+        if norm is None:
+            norm = self.engine.get_global_grad_norm()
         return StepResult(sums, tokens, digest, lr, None if norm is None else float(norm), stop)
+
+    def _own_gradient_norm(self) -> torch.Tensor | None:
+        """The norm before clipping where DeepSpeed keeps none (no ZeRO); only for a step that is logged."""
+        if self.engine.zero_optimization_stage() > 0 or (self.progress.step + 1) % self.config.log.every_steps:
+            return None
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) / (scaler.get_scale() if scaler is not None else 1.0)
 
     def _set_rate(self, fraction: float) -> float:
         schedule = self.config.schedule

@@ -1,4 +1,4 @@
-"""Where the arrays of a shard lie in its tar: the index beside it, and the scan that replaces a missing or stale one."""
+"""Where the arrays of a shard lie in its tar: the index beside it, or the scan that replaces a missing or stale one."""
 
 from __future__ import annotations
 

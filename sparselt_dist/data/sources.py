@@ -12,11 +12,11 @@ import contextlib
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +207,9 @@ def _reading(item: Item) -> Iterator[None]:
     """Turns whatever goes wrong in reading a file into a DataError that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as cause:
+    except DataError:
+        raise
+    except Exception as cause:  # each decompressor and data-set reader has its own exceptions
         raise DataError(
             f"prepare.source: {item.location}: cannot be read: {cause}; expected a sound file; restore or remove it"
         ) from cause
@@ -222,10 +224,41 @@ def _decompressed(file: IO[bytes], location: str) -> IO[bytes]:
     if suffix == ".xz":
         return cast(IO[bytes], lzma.LZMAFile(file))
     if suffix == ".zst":
+        return io.BufferedReader(_ZstdStream(file))
+    return file
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed zstd that knows a truncated file; the stream reader of `zstandard` takes that for the end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
         import zstandard
 
-        return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
-    return file
+        self._file = file
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None  # the frame being read
+        self._compressed = b""
+        self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._compressed = self._compressed or self._file.read(1 << 17)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends before its end mark")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._output = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
 
 
 def _read_text(stream: IO[bytes], item: Item) -> Iterator[Document]:
@@ -236,7 +269,7 @@ def _read_text(stream: IO[bytes], item: Item) -> Iterator[Document]:
         data = pending + block
         if not data:
             return
-        # pyarrow and gzip may give less than asked, so only an empty block means the end
+        # a decompressor may give less than asked, so only an empty block means the end
         if block and len(data) < MAX_TEXT_BYTES:
             pending = data
             continue
@@ -308,32 +341,42 @@ def _row_document(row: object, item: Item, where: str) -> Document:
 
 
 def _read_data_set(item: Item, skip: int) -> Iterator[Document]:
-    """A Hugging Face data set: `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`, streamed; or a folder of save_to_disk."""
+    """The rows of a Parquet file, a folder of save_to_disk, or a Hugging Face data set, streamed."""
     data_set = _open_data_set(item)
-    rows = data_set.skip(skip) if skip else data_set
-    for number, row in enumerate(rows, skip + 1):
-        yield _row_document(row, item, f"prepare.source: {item.location}: row {number}")
+    with _reading(item):
+        rows = data_set.skip(skip) if skip else data_set
+        for number, row in enumerate(rows, skip + 1):
+            yield _row_document(row, item, f"prepare.source: {item.location}: row {number}")
 
 
 def _open_data_set(item: Item) -> Any:
+    """`NAME`, `NAME:CONFIG` and `NAME:CONFIG:SPLIT` name a data set of the hub; its split is `train` if not named."""
     import datasets
 
+    if item.kind == "parquet":
+        with _reading(item):
+            return datasets.load_dataset("parquet", data_files=[item.location], split="train", streaming=True)
+    if item.kind == "saved":
+        with _reading(item):
+            return _one_split(datasets.load_from_disk(item.location), item)
+    name, _, rest = item.location.partition(":")
+    config, _, split = rest.partition(":")
     try:
-        if item.kind == "saved":
-            data_set = datasets.load_from_disk(item.location)
-            if isinstance(data_set, dict) and "train" not in data_set and len(data_set) > 1:
-                raise DataError(
-                    f"prepare.source: {item.location}: found splits {', '.join(data_set)}, expected `train`; name one"
-                )
-            return data_set.get("train", next(iter(data_set.values()))) if isinstance(data_set, dict) else data_set
-        name, _, rest = item.location.partition(":")
-        config, _, split = rest.partition(":")
         return datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except DataError:
-        raise
     except Exception as cause:  # the hub client fails in many ways: offline, unknown, gated, broken
         reason = (str(cause).splitlines() or [""])[0]
         raise DataError(
             f"prepare.source: {item.location}: no such file or folder, and not to be had as a Hugging Face data set "
             f"({type(cause).__name__}: {reason}); correct the path or name, or check the network"
         ) from cause
+
+
+def _one_split(data_set: Any, item: Item) -> Any:
+    if not isinstance(data_set, dict):
+        return data_set
+    if "train" not in data_set and len(data_set) > 1:
+        raise DataError(
+            f"prepare.source: {item.location}: found splits {', '.join(data_set)}, expected `train` or a single one; "
+            f"name the folder of a split, such as {item.location}/{next(iter(data_set))}"
+        )
+    return data_set.get("train", next(iter(data_set.values())))

@@ -16,25 +16,18 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sparselt_dist.config import Config
 from sparselt_dist.data import deduplication
 from sparselt_dist.data.cleaning import (
-    CleanBatch,
-    CleaningRules,
-    HashSet,
-    clean_batch,
     parse_records,
-    scan_exact_hashes,
 )
-from sparselt_dist.data.deduplication import Chunk
 from sparselt_dist.data.collection import Collected
 from sparselt_dist.data.context import Context
 from sparselt_dist.data.packing import (
@@ -47,9 +40,7 @@ from sparselt_dist.data.packing import (
     tokenize_chunk,
     write_shard,
 )
-from sparselt_dist.data.shards import Dtype, Kind, ShardEntry, id_dtype
-from sparselt_dist.data.sources import Item, Reader
-from sparselt_dist.data.stage_progress import StageProgress
+from sparselt_dist.data.shards import Dtype, ShardEntry, id_dtype
 from sparselt_dist.data.tokenizer import (
     TRAINED_KINDS,
     copy_tokenizer,
@@ -58,10 +49,8 @@ from sparselt_dist.data.tokenizer import (
     tokenizer_info,
     train_tokenizer,
 )
-from sparselt_dist.data.workspace import DataFile, Workers, WorkLog
+from sparselt_dist.data.workspace import DataFile, WorkLog
 from sparselt_dist.errors import DataError
-
-
 
 # --- near duplicates -------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class Corrupted(NamedTuple):
 
 
 def read_examples(folder: ShardFolder, purpose: str, *, max_tokens: int, max_length: int) -> list[Example]:
-    """About `max_tokens` ids of a folder: samples at even distances, cropped, with seeds that only `purpose` changes."""
+    """About `max_tokens` ids: samples at even distances, cropped, with seeds that only `purpose` changes."""
     mean_length = min(folder.manifest.tokens / folder.manifest.samples, max_length)
     wanted = min(folder.num_samples, max(1, int(max_tokens / mean_length)))
     samples = np.unique(np.linspace(0, folder.num_samples - 1, wanted).astype(np.int64))
@@ -45,7 +45,7 @@ def read_examples(folder: ShardFolder, purpose: str, *, max_tokens: int, max_len
 
 
 def count_unigrams(folder: ShardFolder, vocab_size: int, special_ids: Iterable[int], *, max_tokens: int) -> np.ndarray:
-    """How often each id occurs, int64 [V], in at most about `max_tokens` ids; 0 for special ones, which are never targets."""
+    """How often each id occurs, int64 [V], in about `max_tokens` ids or all; 0 for special ones, never targets."""
     wanted = min(folder.num_samples, max(1, max_tokens * folder.manifest.samples // max(1, folder.manifest.tokens)))
     samples = np.unique(np.linspace(0, folder.num_samples - 1, wanted).astype(np.int64))
     counts_V = np.zeros(vocab_size, dtype=np.int64)

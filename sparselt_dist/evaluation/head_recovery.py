@@ -5,10 +5,10 @@ N targets, D hidden size, E embedding size, V vocabulary. The head is
     logits_NV = exp(s) (W h + b) T^T + beta u + delta
 
 with T [V, E] the model's own input embedding table, frozen, and u the log unigram probabilities of the training shards.
-W starts as the identity. A contrastive objective with in-batch targets learns pointwise mutual information, log p(v|c) -
-log p(v), so its raw tied logits lack u (specs/cwt.md 2.8); one trained by cross-entropy has u in its logits already.
-Hence scale exp(s) and beta start at the best of a small grid on the training targets, and beta is trained on.
-Every tensor here is fp32; nothing random is drawn but the order of the targets, from a generator of its own.
+W starts as the identity. A contrastive objective with in-batch targets (Godey et al. 2024, headless language models)
+learns pointwise mutual information, log p(v|c) - log p(v), so its raw tied logits lack u; one trained by cross-entropy
+has u in its logits already. Hence exp(s) and beta start at the best of a small grid on the training targets, and are
+trained on. Every tensor is fp32; nothing random is drawn but the order of the targets, from a generator of its own.
 """
 
 from __future__ import annotations

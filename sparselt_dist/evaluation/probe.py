@@ -57,9 +57,9 @@ def _other_ids(ids_BL: np.ndarray, uniform_BL: np.ndarray, unigram_V: np.ndarray
     # The own id's interval is cut out of [0, 1) and the draw stretched over what remains.
     draw_BL = uniform_BL * (1 - own_BL)
     draw_BL = np.where(draw_BL >= own_upper_BL - own_BL, draw_BL + own_BL, draw_BL)
-    drawn_BL = np.searchsorted(upper_V, draw_BL, side="right")
+    drawn_BL: np.ndarray = np.searchsorted(upper_V, draw_BL, side="right")
     last = int(np.flatnonzero(unigram_V)[-1])
-    return np.minimum(drawn_BL, last)  # rounding may carry a draw past the last id
+    return drawn_BL.clip(max=last)  # rounding may carry a draw past the last id
 
 
 def probe_accuracy(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 - `yardstick/masked_ce` (nats) and `yardstick/masked_accuracy`: masked tokens of held-out rows, predicted through a head
   recovered for the purpose on the frozen backbone (`head_recovery.py`);
-- `yardstick/unigram_ce`: the floor of the first, the same targets under the unigram distribution of the training shards;
+- `yardstick/unigram_ce`: the floor of the first, the same targets under the unigrams of the training shards;
 - `yardstick/probe_accuracy`: telling replaced from original tokens by the frozen hidden states (`probe.py`), and
   `yardstick/majority_accuracy`, its floor.
 
@@ -14,7 +14,7 @@ on all of the held-out text; compare only figures of one size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from sparselt_dist.data.batch import IGNORE_INDEX, Example
 from sparselt_dist.evaluation.features import MAX_LENGTH, Corrupted, chunks, count_unigrams, hidden_at, read_examples
 from sparselt_dist.evaluation.head_recovery import recover_head
 from sparselt_dist.evaluation.probe import probe_accuracy, replaced_rows
+from sparselt_dist.models.exporting import longest_input
 from sparselt_dist.objectives.base import Collator, TokenizerInfo, get_objective
 from sparselt_dist.objectives.settings import MLMConfig
 
@@ -59,69 +60,67 @@ def run_yardsticks(
 ) -> dict[str, float]:
     """All yardsticks by name. Without a mask token the three masked ones are left out and the log says so.
 
-    The backbone keeps its weights, its train or evaluation mode and the global random state.
+    The backbone, which lies on `device`, keeps its weights and its training or evaluation mode, and the global random
+    state stays as it was.
     """
     size = size or Size()
-    counts_V = count_unigrams(
-        folder_train, tokenizer.vocab_size, tokenizer.special_ids, max_tokens=size.counted_tokens
-    )
-    samples = _Samples(folder_train, folder_validation, _longest(backbone))
-    results = _probe(backbone, samples, counts_V, tokenizer, device, size)
+    counts_V = count_unigrams(folder_train, tokenizer.vocab_size, tokenizer.special_ids, max_tokens=size.counted_tokens)
+    setting = _Setting(backbone, folder_train, folder_validation, tokenizer, counts_V, device, size)
+    results = _probe(setting)
     if tokenizer.mask_id is None:
-        _LOG.warning("yardstick/masked_ce, masked_accuracy and unigram_ce are left out: the tokenizer has no mask token")
+        _LOG.warning("no yardstick/masked_ce, masked_accuracy and unigram_ce: the tokenizer has no mask token")
         return results
-    return results | _masked(backbone, samples, counts_V, tokenizer, device, size)
+    return results | _masked(setting)
 
 
 @dataclass(frozen=True)
-class _Samples:
-    """Where rows are read."""
+class _Setting:
+    """What is measured, on which rows."""
 
+    backbone: Backbone
     train: ShardFolder
     validation: ShardFolder
-    max_length: int
+    tokenizer: TokenizerInfo
+    counts_V: np.ndarray
+    device: torch.device
+    size: Size
 
     def read(self, purpose: str, train_tokens: int, heldout_tokens: int) -> tuple[list[Example], list[Example]]:
+        """Training and held-out rows, shortened only where the model cannot take them as they are."""
+        length = min(MAX_LENGTH, longest_input(self.backbone.model) or MAX_LENGTH)
         return (
-            read_examples(self.train, f"{purpose} train", max_tokens=train_tokens, max_length=self.max_length),
-            read_examples(self.validation, f"{purpose} heldout", max_tokens=heldout_tokens, max_length=self.max_length),
+            read_examples(self.train, f"{purpose} train", max_tokens=train_tokens, max_length=length),
+            read_examples(self.validation, f"{purpose} heldout", max_tokens=heldout_tokens, max_length=length),
         )
 
-
-def _longest(backbone: Backbone) -> int:
-    """Positions a row may have; less than `MAX_LENGTH` only where the model cannot take them."""
-    positions = getattr(backbone.config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return MAX_LENGTH
-    # RoBERTa and its kin number positions from pad_token_id + 1, so their last ones cannot be used.
-    reserved = 2 if "roberta" in str(backbone.config.model_type) else 0
-    return min(MAX_LENGTH, positions - reserved)
+    def hidden_at(self, corrupted: Iterable[Corrupted]) -> tuple[Tensor, Tensor]:
+        return hidden_at(self.backbone, corrupted, self.device)
 
 
-def _probe(
-    backbone: Backbone, samples: _Samples, counts_V: np.ndarray, tokenizer: TokenizerInfo, device: torch.device, size: Size
-) -> dict[str, float]:
-    unigram_V = counts_V + 1.0
-    unigram_V[list(tokenizer.special_ids)] = 0.0
+def _probe(setting: _Setting) -> dict[str, float]:
+    special_ids, pad_id = setting.tokenizer.special_ids, setting.tokenizer.pad_id
+    unigram_V = setting.counts_V + 1.0
+    unigram_V[list(special_ids)] = 0.0
     fitted, tested = (
-        hidden_at(backbone, replaced_rows(examples, unigram_V, tokenizer.special_ids, tokenizer.pad_id), device)
-        for examples in samples.read("probe", size.probe_tokens, size.heldout_tokens // 2)
+        setting.hidden_at(replaced_rows(examples, unigram_V, special_ids, pad_id))
+        for examples in setting.read("probe", setting.size.probe_tokens, setting.size.heldout_tokens // 2)
     )
     accuracy, majority = probe_accuracy(fitted, tested)
     return {"yardstick/probe_accuracy": accuracy, "yardstick/majority_accuracy": majority}
 
 
-def _masked(
-    backbone: Backbone, samples: _Samples, counts_V: np.ndarray, tokenizer: TokenizerInfo, device: torch.device, size: Size
-) -> dict[str, float]:
-    mlm = get_objective("mlm")
-    collator = mlm.build_collator(MLMConfig(masking="exact"), tokenizer)
-    train, heldout = samples.read("masked", size.training_tokens, size.heldout_tokens)
-    train_hidden_ND, train_targets_N = hidden_at(backbone, masked_rows(train, collator), device)
-    hidden_ND, targets_N = hidden_at(backbone, masked_rows(heldout, collator), device)
-    log_unigram_V = torch.from_numpy(np.log((counts_V + 1) / (counts_V + 1).sum())).float().to(device)
-    table_VE = _embedding_table(backbone, tokenizer.vocab_size).to(device)
-    head = recover_head(train_hidden_ND, train_targets_N, table_VE, log_unigram_V, steps=size.head_steps, seed=_SEED)
+def _masked(setting: _Setting) -> dict[str, float]:
+    collator = get_objective("mlm").build_collator(MLMConfig(masking="exact"), setting.tokenizer)
+    (train_hidden_ND, train_targets_N), (hidden_ND, targets_N) = (
+        setting.hidden_at(masked_rows(examples, collator))
+        for examples in setting.read("masked", setting.size.training_tokens, setting.size.heldout_tokens)
+    )
+    smoothed_V = setting.counts_V + 1.0
+    log_unigram_V = torch.from_numpy(np.log(smoothed_V / smoothed_V.sum())).float().to(setting.device)
+    table_VE = _embedding_table(setting.backbone, setting.tokenizer.vocab_size)
+    head = recover_head(
+        train_hidden_ND, train_targets_N, table_VE, log_unigram_V, steps=setting.size.head_steps, seed=_SEED
+    )
     score = head.score(hidden_ND, targets_N)
     return {
         "yardstick/masked_ce": score.cross_entropy,
@@ -141,5 +140,5 @@ def masked_rows(examples: list[Example], collator: Collator) -> Iterator[Corrupt
 
 def _embedding_table(backbone: Backbone, vocab_size: int) -> Tensor:
     """The input embeddings fp32 [V, E] of the tokenizer's ids; a model may have more rows."""
-    embedding = backbone.get_input_embeddings()
-    return embedding.weight.detach()[:vocab_size].float()
+    weight: Tensor = backbone.get_input_embeddings().get_parameter("weight")
+    return weight.detach()[:vocab_size].float()

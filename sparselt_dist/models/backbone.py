@@ -51,7 +51,7 @@ class Backbone(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of word embeddings [V, D]; call it with ids."""
-        return self.model.get_input_embeddings()
+        return cast(nn.Module, self.model.get_input_embeddings())
 
     def forward(
         self,
@@ -147,7 +147,7 @@ class Backbone(nn.Module):
         return cast(Tensor, make(**options))
 
 
-class _GivenOutput(BaseModelOutputWithPoolingAndCrossAttentions):
+class _GivenOutput(BaseModelOutputWithPoolingAndCrossAttentions):  # type: ignore[misc]
     """An output that has nothing but hidden states, whatever else a head looks for."""
 
     def __getattr__(self, name: str) -> None:

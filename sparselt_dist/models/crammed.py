@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-# mypy: disable-error-code="no-untyped-call"
-# (transformers annotates few of the functions that a model calls.)
-
 MODEL_TYPE = "crammed-bert"
 IGNORE_INDEX = -100
 MASKED_SCORE = -10000.0  # added to the scores of hidden keys; the official value, finite in half precision
@@ -52,9 +49,8 @@ _Value = TypeVar("_Value")
 class CrammedBertConfig(PretrainedConfig):  # type: ignore[misc]
     """Sizes of crammed-bert; the defaults are the full model of 119,589,889 parameters.
 
-    `intermediate_size` is the projection before gating (3072 gives an inner width of 1536). `pooler` and
-    `classifier_*` concern sequence classification only: "zero_index" takes the first position, "avg" the mean over
-    all positions, padding included (as the official code does).
+    `intermediate_size` is the projection before gating (3072 gives an inner width of 1536). `pooler` is of sequence
+    classification: "zero_index" takes the first position, "avg" the mean over all, padding included, as officially.
     """
 
     model_type = MODEL_TYPE
@@ -97,16 +93,14 @@ def check_config(config: CrammedBertConfig) -> None:
     """
     sizes = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
     values = {name: getattr(config, name) for name in sizes.split()}
-    faults = [
-        f"{name} is {value!r}, expected a whole number from 1" for name, value in values.items() if not _size(value)
-    ]
-    if not faults and config.hidden_size % config.num_attention_heads:
-        faults.append(f"hidden_size is {config.hidden_size}, expected a multiple of {config.num_attention_heads} heads")
-    faults += [
-        f"{name} is {values[name]}, expected an even number"
-        for name in ("hidden_size", "intermediate_size")
-        if _size(values[name]) and values[name] % 2
-    ]
+    wrong = {name: value for name, value in values.items() if not (isinstance(value, int) and value >= 1)}
+    faults = [f"{name} is {value!r}, expected a whole number from 1" for name, value in wrong.items()]
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    if not wrong and (width % heads or width % 2 or inner % 2):
+        faults.append(
+            f"hidden_size is {width} and intermediate_size {inner}, expected even numbers, the first a multiple of "
+            f"num_attention_heads {heads}"
+        )
     if config.pad_token_id != 0:
         faults.append(
             f"pad_token_id is {config.pad_token_id}, expected 0: the row without look-up gradient must be padding; "
@@ -118,10 +112,6 @@ def check_config(config: CrammedBertConfig) -> None:
         faults.append("tie_word_embeddings is false, expected true: the head has no weights of its own")
     if faults:
         raise ValueError("crammed-bert: " + "; ".join(faults))
-
-
-def _size(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
 
 
 def sinusoid_table(length: int, width: int) -> Tensor:
@@ -158,7 +148,7 @@ class CrammedBertEmbeddings(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrammedBertEmbeddings:
         # `to_empty` leaves noise in a buffer that no checkpoint holds, and a cast to bf16 and back loses digits.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.reset_position_table()
         return self
 
@@ -225,7 +215,8 @@ class CrammedBertLayer(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, bias: Tensor | None) -> Tensor:
         hidden_BTD = hidden_BTD + self.dropout(self.attention(self.attention_norm(hidden_BTD), bias))
-        return hidden_BTD + self.dropout(self.ffn(self.ffn_norm(hidden_BTD)))
+        output_BTD: Tensor = hidden_BTD + self.dropout(self.ffn(self.ffn_norm(hidden_BTD)))
+        return output_BTD
 
 
 def attention_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -238,10 +229,8 @@ def attention_bias(attention_mask: Tensor | None, dtype: torch.dtype) -> Tensor 
         return None
     if attention_mask.dim() == 4 and attention_mask.is_floating_point():
         return attention_mask.to(dtype)
-    if attention_mask.dim() == 2:
-        attention_mask = attention_mask[:, None, None, :]
-    elif attention_mask.dim() == 3:
-        attention_mask = attention_mask[:, None]
+    if attention_mask.dim() < 4:
+        attention_mask = attention_mask[:, None, None] if attention_mask.dim() == 2 else attention_mask[:, None]
     bias: Tensor = (1.0 - attention_mask.to(dtype)) * MASKED_SCORE
     return bias
 
@@ -252,7 +241,7 @@ class CrammedBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = CrammedBertConfig
     base_model_prefix = "encoder"
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["CrammedBertLayer"]
+    _no_split_modules = ["CrammedBertLayer"]
 
     def __init__(self, config: CrammedBertConfig) -> None:
         check_config(config)
@@ -289,7 +278,7 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -318,7 +307,7 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
 class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
     """The encoder with the word embedding as its head: no transform, no bias."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}
+    _tied_weights_keys = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__(config)
@@ -329,10 +318,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.decoder = value  # type: ignore[assignment]
-
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -346,14 +332,13 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         The other arguments are those of `CrammedBertModel`.
         """
         encoded = self.encoder(input_ids, attention_mask, **kwargs)
-        hidden, loss = encoded.last_hidden_state, None
-        if labels is not None:
-            labelled_BT = labels != IGNORE_INDEX
-            hidden = hidden[labelled_BT]
-        logits = self.decoder(hidden)
-        if labels is not None:
-            loss = mean_cross_entropy(logits, labels[labelled_BT])
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
+        if labels is None:
+            logits_BTV = self.decoder(encoded.last_hidden_state)
+            return MaskedLMOutput(logits=logits_BTV, hidden_states=encoded.hidden_states)
+        labelled_BT = labels != IGNORE_INDEX
+        logits_NV = self.decoder(encoded.last_hidden_state[labelled_BT])
+        loss = mean_cross_entropy(logits_NV, labels[labelled_BT])
+        return MaskedLMOutput(loss=loss, logits=logits_NV, hidden_states=encoded.hidden_states)
 
 
 def mean_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -363,32 +348,18 @@ def mean_cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV, labels_N, reduction="sum") / max(labels_N.numel(), 1)
 
 
-class CrammedBertPooler(nn.Module):
-    """One vector a row, a biased linear layer, tanh, dropout."""
-
-    def __init__(self, config: CrammedBertConfig) -> None:
-        super().__init__()
-        self.scheme = config.pooler
-        self.dense = nn.Linear(config.hidden_size, config.classifier_hidden_size)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        pooled_BD = hidden_BTD[:, 0] if self.scheme == "zero_index" else hidden_BTD.mean(dim=1)
-        output: Tensor = self.dropout(torch.tanh(self.dense(pooled_BD)))
-        return output
-
-
 class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
-    """The encoder with a pooler and a linear classifier (one output: regression)."""
+    """The encoder, one vector a row, linear layer, tanh, dropout and a linear classifier (one output: regression)."""
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__(config)
         self.encoder = CrammedBertModel(config)
-        self.pooler = CrammedBertPooler(config)
+        self.pooler = nn.Linear(config.hidden_size, config.classifier_hidden_size)
+        self.dropout = nn.Dropout(config.classifier_dropout)
         self.head = nn.Linear(config.classifier_hidden_size, config.num_labels or 2)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -401,7 +372,9 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
         The other arguments are those of `CrammedBertModel`.
         """
         encoded = self.encoder(input_ids, attention_mask, **kwargs)
-        logits_BC = self.head(self.pooler(encoded.last_hidden_state))
+        hidden_BTD = encoded.last_hidden_state
+        pooled_BD = hidden_BTD[:, 0] if self.config.pooler == "zero_index" else hidden_BTD.mean(dim=1)
+        logits_BC = self.head(self.dropout(torch.tanh(self.pooler(pooled_BD))))
         loss = None if labels is None else self._loss(logits_BC, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits_BC, hidden_states=encoded.hidden_states)
 
@@ -415,6 +388,7 @@ class CrammedBertForSequenceClassification(CrammedBertPreTrainedModel):
 
 
 _OFFICIAL_NAMES = {
+    r"layers\.\d+\.attn\.self_attention\.norm_factor|embedding\.pos_embedding\.pe": "",  # constants, recomputed by us
     r"embedding\.word_embedding\.weight": "encoder.embeddings.word_embeddings.weight",
     r"embedding\.pos_embedding\.scale_factor": "encoder.embeddings.position_scale",
     r"embedding\.norm\.(weight|bias)": r"encoder.embeddings.norm.\1",
@@ -426,19 +400,17 @@ _OFFICIAL_NAMES = {
     r"layers\.(\d+)\.ffn\.dense_out\.weight": r"encoder.layers.\1.ffn.output.weight",
     r"final_norm\.(weight|bias)": r"encoder.final_norm.\1",
     r"decoder\.weight": "decoder.weight",
-    r"(pooler\.dense|head)\.(weight|bias)": r"\1.\2",
+    r"pooler\.dense\.(weight|bias)": r"pooler.\1",
+    r"head\.(weight|bias)": r"head.\1",
 }
-# Constants that the official modules store and ours recompute.
-_OFFICIAL_BUFFERS = re.compile(r"layers\.\d+\.attn\.self_attention\.norm_factor|embedding\.pos_embedding\.pe")
 _WRAPPERS = ("module", "_orig_mod")  # left in the names by data parallelism and by torch.compile
 
 
 def convert_official_state_dict(state: dict[str, _Value]) -> dict[str, _Value]:
-    """The official code's names to ours, for weights or gradients of crammed-bert v2; values pass untouched.
+    """The official names of weights or gradients (crammed-bert v2) to ours; values pass untouched.
 
     Takes the pretraining model, the classifier and the bare encoder, with or without `encoder.`, `module.` and
-    `_orig_mod.`. The result fits `CrammedBertForMaskedLM` or `CrammedBertForSequenceClassification`; the tied
-    `decoder.weight` is kept where given.
+    `_orig_mod.`. The tied `decoder.weight` is kept where given.
 
     Raises:
         ValueError: a name that crammed-bert v2 does not have (all are listed), or two names for one tensor.
@@ -447,14 +419,13 @@ def convert_official_state_dict(state: dict[str, _Value]) -> dict[str, _Value]:
     unknown = []
     for name, value in state.items():
         bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix("encoder.")
-        if _OFFICIAL_BUFFERS.fullmatch(bare):
-            continue
-        ours = _our_name(bare)
+        matches = ((re.fullmatch(pattern, bare), ours) for pattern, ours in _OFFICIAL_NAMES.items())
+        ours = next((match.expand(ours) for match, ours in matches if match), None)
         if ours is None:
             unknown.append(name)
-        elif ours in result:
+        elif ours and ours in result:
             raise ValueError(f"official crammed-bert state: {name!r} gives {ours!r} a second time")
-        else:
+        elif ours:
             result[ours] = value
     if unknown:
         raise ValueError(
@@ -463,14 +434,6 @@ def convert_official_state_dict(state: dict[str, _Value]) -> dict[str, _Value]:
             "'encoder.embedding.word_embedding.weight'), not the training checkpoint around it or another model"
         )
     return result
-
-
-def _our_name(official: str) -> str | None:
-    for pattern, ours in _OFFICIAL_NAMES.items():
-        found = re.fullmatch(pattern, official)
-        if found:
-            return found.expand(ours)
-    return None
 
 
 CrammedBertConfig.register_for_auto_class()

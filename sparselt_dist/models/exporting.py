@@ -1,4 +1,4 @@
-"""A model to a Hugging Face folder: weights as safetensors, tokenizer, pipeline settings, model card, and code of our own.
+"""A model to a Hugging Face folder: weights as safetensors, tokenizer, pipeline settings, model card, own code.
 
 The folder is written beside its place and renamed into it, so that it is there as a whole or not at all. A folder that
 an export of the same run left is replaced; any other that is not empty is refused. `sparselt_export.json` says whose it
@@ -44,7 +44,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, *, metrics: Mapping[st
         metrics: for the model card; None: the last ones of the run's journal up to the checkpoint's step.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or `output_dir` is not empty and not an earlier export of the run.
+        CheckpointError: the checkpoint cannot be used, or `output_dir` holds anything but an earlier export of the run.
     """
     check_target(output_dir, _run_id(checkpoint.resolve().parent.parent))
     loaded = load_checkpoint(checkpoint)
@@ -104,7 +104,8 @@ def export_model(
             tensors = {name: value.detach().cpu().contiguous().clone() for name, value in objective_state.items()}
             save_file(tensors, partial / OBJECTIVE_FILE)
         (partial / CARD).write_text(card, encoding="utf-8")
-        (partial / MARKER).write_text(json.dumps({"run_id": run_id, **(facts or {})}, indent=1) + "\n", encoding="utf-8")
+        marker = json.dumps({"run_id": run_id, **(facts or {})}, indent=1)
+        (partial / MARKER).write_text(marker + "\n", encoding="utf-8")
         _sync(partial)
         _replace(target, partial)
     except OSError as cause:
@@ -129,7 +130,8 @@ def check_target(target: Path, run_id: str) -> None:
     except (OSError, ValueError):
         marker = None
     if not isinstance(marker, dict) or marker.get("run_id") != run_id:
-        owner = f"an export of run {marker.get('run_id')}" if isinstance(marker, dict) else f"other files ({content[0]}, ...)"
+        foreign = f"other files ({content[0]}, ...)"
+        owner = f"an export of run {marker.get('run_id')}" if isinstance(marker, dict) else foreign
         raise CheckpointError(
             f"export: {target} holds {owner}, expected an absent or empty folder, or an earlier export of this run; "
             "name another folder, or remove it yourself"
@@ -217,7 +219,7 @@ def _write_tokenizer(backbone: Backbone, tokenizer_dir: Path, folder: Path) -> N
     path = folder / CONFIG_FILE
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings["model_input_names"] = _input_names(backbone.model)
-    longest = _longest_input(backbone.model)
+    longest = longest_input(backbone.model)
     if longest is not None:
         settings["model_max_length"] = min(int(settings.get("model_max_length", longest)), longest)
     if backbone.is_causal:
@@ -232,7 +234,8 @@ def _input_names(model: PreTrainedModel) -> list[str]:
     return ["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"]
 
 
-def _longest_input(model: PreTrainedModel) -> int | None:
+def longest_input(model: PreTrainedModel) -> int | None:
+    """Positions that a row may have, or None where the architecture sets no limit."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None

@@ -52,7 +52,7 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
         config = Config.model_validate(meta["config"])
     except (KeyError, ValidationError) as cause:
         raise CheckpointError(
-            f"checkpoint {path}: its configuration cannot be read ({cause}); use the version of sparselt_dist that wrote it"
+            f"checkpoint {path}: its configuration cannot be read ({cause}); use the version that wrote it"
         ) from cause
     tokenizer = tokenizer_info(tokenizer_dir)
     model = build_model(config, tokenizer)
@@ -73,7 +73,9 @@ def load_exported(folder: Path) -> tuple[Backbone, TokenizerInfo]:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = str((stored.get("architectures") or [""])[0])
     except (OSError, ValueError, AttributeError) as cause:
-        raise CheckpointError(f"{folder}: config.json cannot be read ({cause}); expected a folder written by export") from cause
+        raise CheckpointError(
+            f"{folder}: config.json cannot be read ({cause}); expected a folder written by export"
+        ) from cause
     tokenizer = tokenizer_info(folder)
     section = ModelSection(init_from=str(folder))
     backbone = build_backbone(section, tokenizer, sequence_length=None, with_head=architecture.endswith(_HEADS))

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, from which text and licences, how long trained, how good, how to load."""
+"""The README.md of an exported model: what it is, from which text, how long trained, how good, how to load."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {config.run.name}",
-        f"`{model.class_name}` with {model.parameters:,} parameters, pretrained with the objective `{config.objective.name}`"
-        " by sparselt_dist.",
+        f"`{model.class_name}` with {model.parameters:,} parameters, pretrained by sparselt_dist with the objective "
+        f"`{config.objective.name}`.",
         _usage(model),
         _data(config, manifest, data_sha256),
         _training(config, progress),
@@ -87,8 +87,8 @@ def _usage(model: ModelFacts) -> str:
             f'pipeline("fill-mask", model=PATH{remote})("The {model.mask_token} of the country.")',
         ]
     note = (
-        "\n\nThe folder brings the model's own code, hence `trust_remote_code`; after `import sparselt_dist.models.crammed` it "
-        "loads without."
+        "\n\nThe folder brings the model's own code, hence `trust_remote_code`; after "
+        "`import sparselt_dist.models.crammed` it loads without."
         if model.remote_code
         else ""
     )
@@ -105,7 +105,8 @@ def _data(config: Config, manifest: Manifest | None, data_sha256: str) -> str:
             f"| {_cell(source.name)} | {_cell(source.license)} | {source.documents:,} | {source.characters:,} |"
             for source in manifest.sources
         ]
-        lines += ["", f"{manifest.samples:,} {manifest.kind} with {manifest.tokens:,} tokens, vocabulary {manifest.vocab_size:,}."]
+        amount = f"{manifest.samples:,} {manifest.kind} with {manifest.tokens:,} tokens"
+        lines += ["", f"{amount}, vocabulary {manifest.vocab_size:,}."]
     lines += ["", f"Manifest of the training shards, SHA-256: `{data_sha256}`."]
     lines += ["The licence of the text may bind whoever passes the model on."]
     return "\n".join(lines)

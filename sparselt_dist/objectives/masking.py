@@ -189,7 +189,8 @@ def _whole_words(
     ends_BL = np.ones(order_BL.shape, dtype=bool)
     ends_BL[:, :-1] = begins_BL[:, 1:]
     end_BL = np.minimum.accumulate(np.where(ends_BL, place_L + 1, length)[:, ::-1], axis=1)[:, ::-1]
-    inside_BL = begin_BL + end_BL <= 2 * wanted_B[:, None]
+    lucky_BL = (sorted_BL & np.uint64(1)).astype(np.int64)  # one more and one less are equally near: toss a coin
+    inside_BL = begin_BL + end_BL < 2 * wanted_B[:, None] + lucky_BL
     chosen_BL = np.zeros(order_BL.shape, dtype=bool)
     np.put_along_axis(chosen_BL, order_BL, inside_BL, axis=1)
     chosen_BL &= eligible_BL

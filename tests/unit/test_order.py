@@ -17,7 +17,7 @@ def test_permute_is_a_bijection(size: int) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_permute_reaches_different_permutations_of_small_sizes(size: int) -> None:
-    seen = {tuple(permute(np.arange(size), size, key).tolist()) for key in range(400)}
+    seen = {tuple(permute(np.arange(size), size, key).tolist()) for key in range(3000)}
     assert len(seen) == {2: 2, 3: 6, 5: 120}[size]
 
 
@@ -100,8 +100,8 @@ def test_sample_seeds_differ_by_run_epoch_and_sample() -> None:
 
 
 def test_order_is_frozen() -> None:
-    """A change here changes every run's data: it breaks resuming from older checkpoints and wants a new format version."""
+    """A change here changes the data of every run: checkpoints of older versions would continue at other samples."""
     _, samples = SampleOrder([7, 1, 3, 12, 2], seed=3, window=2).samples(np.arange(8))
     seeds = sample_seed(3, np.zeros(2), samples[:2])
-    assert samples.tolist() == [0, 0, 0, 0, 0, 0, 0, 0]
-    assert seeds.tolist() == [0, 0]
+    assert samples.tolist() == [5, 6, 1, 2, 0, 9, 10, 4]
+    assert seeds.tolist() == [6982675359238115089, 6324184851018989795]

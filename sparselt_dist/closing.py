@@ -1,0 +1,59 @@
+"""What a run says when it ends: the summary file's content, in words a newcomer understands."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sparselt_dist.metrics import format_count, format_duration
+
+
+def closing_text(summary: dict[str, Any], run_dir: Path, times: dict[str, float], mlflow_uri: str | None) -> str:
+    """What was learned, where the time went, where everything lies and which command to try next."""
+    lines = [
+        "",
+        f"{summary['name']}: {summary['status']} after {summary['steps']:,} steps, {format_count(summary['tokens'])} tokens, "
+        f"{format_duration(summary['seconds'])} of training on {summary['world_size']} rank(s); "
+        f"peak memory {summary['peak_memory_gib']:.2f} GiB over all ranks",
+        *_learned(summary),
+        _ledger(times),
+        f"  run folder   {run_dir} (metrics.jsonl, checkpoints/, summary.json)",
+    ]
+    if summary.get("model_dir"):
+        lines.append(f"  model        {summary['model_dir']} (Hugging Face format)")
+    if mlflow_uri:
+        lines.append(f"  MLflow       mlflow ui --backend-store-uri {mlflow_uri}")
+    if summary["status"] == "stopped":
+        lines.append("  next         the same command continues this run")
+    else:
+        lines.append(f"  next         sparselt compare {run_dir}")
+    return "\n".join(lines)
+
+
+def _learned(summary: dict[str, Any]) -> list[str]:
+    """Held-out losses against the floors that need no model."""
+    lines = []
+    loss, masked, floor = (summary.get(key) for key in ("eval/loss", "yardstick/masked_ce", "yardstick/unigram_ce"))
+    if loss is not None:
+        lines.append(f"  held-out {summary['objective']} loss  {loss:.3f}")
+    if masked is not None and floor is not None:
+        gain = floor - masked
+        lines.append(
+            f"  masked words on held-out text: {masked:.3f} nats with the model, {floor:.3f} by word frequency alone "
+            f"(the model is {math.exp(abs(gain)):.2f} times {'more' if gain > 0 else 'less'} certain of the right word); "
+            f"{100 * summary['yardstick/masked_accuracy']:.1f} % right"
+        )
+    if (probe := summary.get("yardstick/probe_accuracy")) is not None:
+        lines.append(
+            f"  telling replaced words from real ones by its frozen features: {100 * probe:.1f} % "
+            f"(by chance {100 * summary['yardstick/majority_accuracy']:.1f} %)"
+        )
+    return lines
+
+
+def _ledger(times: dict[str, float]) -> str:
+    """Where the wall clock went, largest first."""
+    total = sum(times.values()) or 1.0
+    shares = sorted(((seconds / total, phase) for phase, seconds in times.items()), reverse=True)
+    return "  time         " + ", ".join(f"{phase} {100 * share:.0f} %" for share, phase in shares if share >= 0.005)

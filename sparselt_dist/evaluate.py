@@ -1,0 +1,153 @@
+"""`sparselt evaluate`: a checkpoint or an exported model on named tasks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparselt_dist import cli
+from sparselt_dist.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from sparselt_dist.evaluation.tasks import Shards, Subject
+
+TASKS = {
+    "heldout": "loss and terms of the checkpoint's objective on held-out rows; of an exported model, its masked tokens",
+    "yardsticks": "masked tokens through a recovered head, and the replaced-token probe: comparable over objectives",
+}
+
+_DESCRIPTION = """\
+A run's checkpoint (or the newest of a run folder) or an exported model on named tasks. Writes results.json into the
+run's folder, or into the model's where it belongs to no run, and adds the metrics to the run's MLflow run.
+
+tasks:
+""" + "\n".join(f"  {name:<12}{text}" for name, text in TASKS.items())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = cli.make_parser("evaluate", _DESCRIPTION, "sparselt evaluate runs/quickstart --tasks yardsticks")
+    parser.add_argument(
+        "model", metavar="CHECKPOINT_OR_MODEL", type=Path, help="a checkpoint, run folder or exported model"
+    )
+    parser.add_argument("--data", metavar="SHARDS", help="training shards; none: those of the run")
+    parser.add_argument("--validation", metavar="SHARDS", help="held-out shards; none: those of the run")
+    parser.add_argument("--tasks", default=",".join(TASKS), metavar="NAME[,NAME]", help="what to measure")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="results file; none: results.json as told above")
+    parser.add_argument(
+        "--mlflow-uri", metavar="URI", help="store to log to; none: the one the run was logged to, if any"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    args = cli.parse_arguments(build_parser(), argv)
+    return cli.run_command(lambda: _run(args))
+
+
+def parse_tasks(text: str) -> list[str]:
+    """Task names from `NAME,NAME`, each once.
+
+    Raises:
+        ConfigError: an unknown name; the nearest is named.
+    """
+    from sparselt_dist.config_layers import nearest
+
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in TASKS:
+            near = nearest(name, TASKS)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ConfigError(f"--tasks: found {name!r}, expected one of {', '.join(TASKS)}{hint}")
+    if not names:
+        raise ConfigError(f"--tasks: names no task, expected one of {', '.join(TASKS)}")
+    return names
+
+
+def _run(args: argparse.Namespace) -> int:
+    names = parse_tasks(args.tasks)
+    import torch
+
+    from sparselt_dist.evaluation.tasks import open_shards, open_subject, run_tasks
+
+    started = time.time()
+    subject = open_subject(args.model)
+    output = args.output or (subject.run_dir or subject.folder) / "results.json"
+    shards = open_shards(subject, args.data, args.validation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    metrics = run_tasks(subject, shards, names, device)
+    print(_table(metrics))
+    _write(output, _results(subject, shards, names, metrics, time.time() - started))
+    print(f"results: {output}")
+    _log_to_mlflow(subject, metrics, args)
+    return cli.EXIT_DONE
+
+
+def _table(metrics: dict[str, float]) -> str:
+    width = max(map(len, metrics), default=0)
+    return "\n".join(f"{name:<{width}}  {value:>9.4f}" for name, value in sorted(metrics.items()))
+
+
+def _results(
+    subject: Subject, shards: Shards, names: list[str], metrics: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    return {
+        "model": str(subject.folder),
+        "step": subject.step,
+        "tasks": names,
+        "data": None if shards.train is None else str(shards.train.path),
+        "validation": str(shards.validation.path),
+        "validation_manifest_sha256": shards.validation.manifest.sha256,
+        "seconds": round(seconds, 1),
+        "time": time.time(),
+        "metrics": metrics,
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    import json
+
+    from sparselt_dist.journal import replace_file
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise CheckpointError(f"--output: {path} cannot be written ({cause}); name another file") from cause
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _log_to_mlflow(subject: Subject, metrics: dict[str, float], args: argparse.Namespace) -> None:
+    """Add the points to the run's MLflow run, where the store lacks them. A store that is down only costs a warning.
+
+    Other held-out shards than the run's own are named in the metric, whose point at this step is the run's.
+    """
+    from sparselt_dist.follower import read_json, resolve_store_uri
+
+    if subject.run_dir is None:
+        return
+    uri = args.mlflow_uri or read_json(subject.run_dir / "mlflow.json").get("uri")
+    if uri is None:
+        return
+    suffix = "" if args.validation is None else f"/{Path(args.validation).name}"
+    line = {f"{name}{suffix}": value for name, value in metrics.items()} | {"step": subject.step, "time": time.time()}
+    from sparselt_dist.mlflow_sink import MlflowSink
+
+    sink = MlflowSink(subject.run_dir, resolve_store_uri(uri))
+    try:
+        sink.connect()
+        sink.deliver([line])
+    except Exception as cause:  # stores fail with errors of many libraries
+        print(
+            f"warning: MLflow at {uri} was not told ({type(cause).__name__}: {cause}); run it again later",
+            file=sys.stderr,
+        )
+    else:
+        print(f"MLflow: {sink.sent} new metrics in {uri}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
