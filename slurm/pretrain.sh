@@ -55,6 +55,12 @@ if ((gpus > 0)); then
     fi
 fi
 
+# A notice that comes before a rank can take it is held until then, not fatal (coreutils 8.31 and later).
+hold=()
+if env --block-signal=USR1 true 2>/dev/null; then
+    hold=(env --block-signal=USR1)
+fi
+
 # Slurm signals the ranks itself. Where it signals only this shell (--signal=B:...), srun hands it on. A TERM means
 # scancel, preemption or the end of the time limit: then whether the job runs again is not for us to say.
 step= signalled=0 terminated=0
@@ -67,7 +73,7 @@ trap 'forward USR1' USR1
 trap 'forward TERM' TERM
 
 export PYTHONUNBUFFERED=1
-srun "${options[@]}" "$python" -m sparselt_dist.pretrain "$@" &
+srun "${options[@]}" ${hold[@]+"${hold[@]}"} "$python" -m sparselt_dist.pretrain "$@" &
 step=$!
 
 while :; do # a signal ends the wait, not the step

@@ -124,9 +124,22 @@ def _constant_mappings(name: str) -> dict[str, str]:
         path = _transformers_folder() / "models" / "auto" / file
         if path.is_file():
             for statement in _parse(path).body:
-                if name in ast.unparse(statement)[:200].split("\n")[0]:
+                if _fills(statement, name):
                     pairs |= _string_pairs(statement)
     return pairs
+
+
+def _fills(statement: ast.stmt, name: str) -> bool:
+    """Whether a statement is `name = ...`, `name: type = ...` or `name.update(...)`."""
+    if isinstance(statement, ast.Assign):
+        return _assigns(statement, name)
+    target: ast.expr | None = None
+    if isinstance(statement, ast.AnnAssign):
+        target = statement.target
+    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        function = statement.value.func
+        target = function.value if isinstance(function, ast.Attribute) else None
+    return isinstance(target, ast.Name) and target.id == name
 
 
 def _string_pairs(statement: ast.stmt) -> dict[str, str]:

@@ -28,7 +28,10 @@ COMMANDS: dict[str, str] = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults and keeps the line breaks of the example."""
+    """Shows defaults, where there is one to show, and keeps the line breaks of the example."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def make_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -61,16 +64,12 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     return parser.parse_intermixed_args(argv)
 
 
-def run_command(function: Callable[[], int], *, quiet: bool = False) -> int:
-    """Run a command's body; an error the user can mend becomes one message and exit code 2.
-
-    `quiet`: say nothing, for another process says it.
-    """
+def run_command(function: Callable[[], int]) -> int:
+    """Run a command's body; an error the user can mend becomes one message and exit code 2."""
     try:
         return function()
     except SparseltError as error:
-        if not quiet:
-            if not error.silent:
+        if not error.silent:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

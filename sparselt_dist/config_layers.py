@@ -68,8 +68,9 @@ class Faults:
         self.lines.append(f"{place}: found {found}, expected {expected}" + (f"; {fix}" if fix else ""))
 
     def touch(self, *prefixes: str) -> bool:
-        """Whether a fault lies at or under one of these paths, so that a check on them would only repeat it."""
-        return any(path == prefix or path.startswith(prefix + ".") for path in self.paths for prefix in prefixes)
+        """Whether a fault lies at, under or above one of these paths, so that a check on them would only repeat it."""
+        pairs = ((f"{path}.", f"{prefix}.") for path in self.paths for prefix in prefixes)
+        return any(path.startswith(prefix) or prefix.startswith(path) for path, prefix in pairs)
 
     def raise_if_any(self) -> None:
         if len(self.lines) == 1:
@@ -277,14 +278,23 @@ class Merged:
             path = path.rpartition(".")[0]
         return self.fallback
 
+    def value(self, path: str, default: Any) -> Any:
+        """What the layers set at a path."""
+        parent, last = self._parent(path)
+        return parent.get(last, default)
+
     def drop(self, path: str) -> None:
         """Forget a value, so that its default holds."""
+        parent, last = self._parent(path)
+        parent.pop(last, None)
+
+    def _parent(self, path: str) -> tuple[dict[str, Any], str]:
+        """The mapping that holds the last key of a path (an empty one if there is none), and that key."""
         *parents, last = path.split(".")
         node: Any = self.values
         for key in parents:
             node = node.get(key) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.pop(last, None)
+        return (node if isinstance(node, dict) else {}), last
 
     def _merge(self, into: dict[str, Any], values: Mapping[str, Any], prefix: str, source: str) -> None:
         for key, value in values.items():

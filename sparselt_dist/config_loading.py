@@ -168,18 +168,18 @@ def _note(error: ValidationError, model: type[Any], prefix: str, merged: Merged,
     paths: list[str] = []
     for detail in error.errors(include_url=False):
         path, parent, field = _locate(detail, model)
-        full = prefix + path
+        full = (prefix + path).rstrip(".")
         if full in paths:
             continue
         paths.append(full)
         if detail["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             _note_unknown_key(full, parent, merged, faults)
-        elif field is None:
-            faults.add(merged.source(full), full, show(detail["input"]), detail["msg"])
         else:
-            found = "nothing" if detail["type"] == "missing" else show(detail["input"])
-            hint = _choice_hint(field, detail["input"])
-            faults.add(merged.source(full), full, found, _expectation(field), hint)
+            value = merged.value(full, detail["input"])
+            is_missing = detail["type"] == "missing" and len(detail["loc"]) == path.count(".") + 1
+            expected = detail["msg"] if field is None else _expectation(field)
+            hint = None if field is None else _choice_hint(field, value)
+            faults.add(merged.source(full), full, "nothing" if is_missing else show(value), expected, hint)
     return paths
 
 

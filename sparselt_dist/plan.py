@@ -56,9 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_config_arguments(parser)
     parser.add_argument("--devices", type=_positive_int, default=1, metavar="N", help="ranks: GPUs, or CPU processes")
     parser.add_argument("--device", choices=["cpu", *_GPUS], default="cpu", help="kind of device")
-    parser.add_argument(
-        "--price", type=float, default=None, metavar="P", help="price of a device hour; default: assumed"
-    )
+    parser.add_argument("--price", type=float, default=None, metavar="P", help="price of a device hour, else assumed")
     parser.add_argument(
         "--utilization", type=float, default=None, metavar="U", help="share of the peak reached, else assumed"
     )

@@ -1,7 +1,7 @@
 """The arithmetic of `plan`: memory per rank by ZeRO stage, steps, tokens, hours. Pure functions, no torch.
 
-Memory: Rajbhandari et al. 2020 (ZeRO), with fp32 weights and DeepSpeed's own copy of them; activations: Korthikanti et al. 2022, eq. 1
-without the attention matrix, which fused attention does not store. Estimates, not bounds: expect 20 % either way.
+Memory: Rajbhandari et al. 2020 (ZeRO), with fp32 weights and DeepSpeed's own copy of them. Activations: Korthikanti
+et al. 2022, eq. 1, without the attention matrix, which fused attention does not store. Estimates, not bounds.
 """
 
 from __future__ import annotations

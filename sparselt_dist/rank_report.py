@@ -7,6 +7,7 @@ so each rank leaves them in the folder that our `deepspeed` command names. Witho
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,11 @@ class Reports:
 
 
 def announce() -> None:
-    """Say that this rank's signal handlers are in place; before this the launcher holds signals back."""
+    """Say that this rank's signal handlers are in place.
+
+    Before this the `deepspeed` command holds signals back, and `slurm/pretrain.sh` starts ranks with the notice blocked.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     _write("ready", os.getpid())
 
 

@@ -90,8 +90,8 @@ def resolve_deepspeed(config: Config, plan: RunPlan) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": clipping(config),
-        # fp32 weights and autocast in every ZeRO stage, so that a checkpoint does not depend on precision; gradients are
-        # reduced in fp32 (no module is "safe" for less), so that they do not depend on the number of ranks.
+        # fp32 weights and autocast in every ZeRO stage, so that a checkpoint does not depend on precision; gradients
+        # are reduced in fp32 (no module is "safe" for less), so that they do not depend on the number of ranks.
         "torch_autocast": {
             "enabled": precision != "fp32",
             "dtype": {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "bfloat16"),

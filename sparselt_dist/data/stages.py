@@ -91,7 +91,7 @@ def make_tokenizer(context: Context, collected: Collected, near: Path | None, he
     partial = context.work / "tokenizer.partial"
     shutil.rmtree(partial, ignore_errors=True)
     if prepare.tokenizer in TRAINED_KINDS:
-        texts = _training_texts(context, collected, near, held_out)
+        texts = functools.partial(_training_texts, context, collected, near, held_out)
         tokenizer = train_tokenizer(
             texts, kind=prepare.tokenizer, vocab_size=prepare.vocab_size, crammed=context.crammed
         )

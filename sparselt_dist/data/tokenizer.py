@@ -7,16 +7,17 @@ file. Reading needs `tokenizers` and no torch.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sparselt_dist.data.shards import TOKENIZER, Manifest, file_sha256, read_manifest
+from sparselt_dist.data.cleaning import Normalization, normalize
+from sparselt_dist.data.manifest import TOKENIZER, Manifest, file_sha256, read_manifest
 from sparselt_dist.errors import ConfigError, DataError
 from sparselt_dist.objectives.base import TokenizerInfo
 
@@ -39,6 +40,7 @@ CRAMMED_SPECIAL_TOKENS = {
     "sep": "[SEP]",
     "mask": "[MASK]",
 }
+_SPECIAL_SCORE = -1e4
 _CONTINUES = "##"
 _WORD_START = "\u2581"  # unigram: the piece begins a word
 _BYTE_SPACES = ("\u0120", "\u010a", "\u0109", "\u010d")  # byte-level: space, line feed, tab, return
@@ -47,29 +49,24 @@ _BYTE_SPACES = ("\u0120", "\u010a", "\u0109", "\u010d")  # byte-level: space, li
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(texts: Iterator[str], *, kind: TokenizerKind, vocab_size: int, crammed: bool) -> Tokenizer:
-    """A new tokenizer of exactly `vocab_size` entries or fewer, if the text has no more to give.
+def train_tokenizer(
+    texts: Callable[[], Iterator[str]], *, kind: TokenizerKind, vocab_size: int, crammed: bool
+) -> Tokenizer:
+    """A new tokenizer of `vocab_size` entries, or fewer if the text has no more to give.
+
+    Args:
+        texts: gives the training text, the same at each call: it is read once or twice.
 
     Raises:
-        ConfigError: the text's alphabet alone is larger than `vocab_size`.
+        ConfigError: the special tokens and the text's alphabet alone are larger than `vocab_size`.
     """
-    tokenizer, trainer = _untrained(kind, vocab_size, crammed)
-    # Unigram adds up floating-point counts: only one thread gives the same sums, hence the same file, each time
-    threads = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if kind == "unigram" else "true"
-    try:
-        tokenizer.train_from_iterator(texts, trainer)
-    finally:
-        if threads is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = threads
+    if kind == "unigram":
+        tokenizer = _train_unigram(texts(), vocab_size, crammed)
+    else:
+        alphabet = _alphabet(texts(), kind, crammed) if kind in ("wordpiece", "bpe") else []
+        tokenizer = _train_merges(texts(), kind, vocab_size, crammed, alphabet)
     if tokenizer.get_vocab_size() > vocab_size:
-        raise ConfigError(
-            f"prepare.vocab_size: found {vocab_size}, but special tokens and the characters of the text take "
-            f"{tokenizer.get_vocab_size()} entries; raise it, or set prepare.tokenizer=byte-bpe or "
-            "prepare.normalize=crammed"
-        )
+        raise _too_small(vocab_size, f"take {tokenizer.get_vocab_size()} entries")
     specials = _special_tokens(crammed)
     for number, token in enumerate(specials.values()):
         assert tokenizer.token_to_id(token) == number, f"special token {token} is not id {number}"
@@ -77,17 +74,90 @@ def train_tokenizer(texts: Iterator[str], *, kind: TokenizerKind, vocab_size: in
     return tokenizer
 
 
+def _too_small(vocab_size: int, found: str) -> ConfigError:
+    return ConfigError(
+        f"prepare.vocab_size: found {vocab_size}, but special tokens and the characters of the text {found}; raise it, "
+        "or set prepare.tokenizer=byte-bpe or prepare.normalize=crammed"
+    )
+
+
+def _alphabet(texts: Iterator[str], kind: TokenizerKind, crammed: bool) -> list[str]:
+    """Every one-character piece of the text, sorted.
+
+    The trainer numbers continuing characters as it meets them in a hash map of random order, and breaks ties between
+    merges by number: without numbers fixed beforehand each process would train another vocabulary.
+    """
+    tokenizer, trainer = _untrained(kind, 0, crammed, [])
+    tokenizer.train_from_iterator(texts, trainer)
+    return sorted(set(tokenizer.get_vocab()) - set(_special_tokens(crammed).values()))
+
+
+def _train_merges(
+    texts: Iterator[str], kind: TokenizerKind, vocab_size: int, crammed: bool, alphabet: list[str]
+) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer, trainer = _untrained(kind, vocab_size, crammed, alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    content = json.loads(tokenizer.to_str())
+    specials = set(_special_tokens(crammed).values())  # the alphabet was numbered as if special; it is not
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in specials]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _train_unigram(texts: Iterator[str], vocab_size: int, crammed: bool) -> Tokenizer:
+    """Trained by sentencepiece: the trainer of `tokenizers` sums over a hash map of random order."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models
+
+    specials = list(_special_tokens(crammed).values())
+    how: Normalization = "crammed" if crammed else "nfc"
+    lines = (line for text in texts for line in normalize(text, how).split("\n") if line)
+    # with its characters known, a special token spelled out in a text is read letter by letter, not as that token
+    spelled_out = " ".join(sorted(set(normalize("".join(specials), how))))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain(lines, [spelled_out]),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size - len(specials) + 1,  # its unk is one of ours
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            max_sentence_length=2**30,
+            num_threads=1,
+            pad_id=-1,
+            bos_id=-1,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as cause:
+        raise _too_small(vocab_size, f"take more ({str(cause).strip().splitlines()[-1]})") from cause
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [(trained.id_to_piece(number), trained.get_score(number)) for number in range(1, len(trained))]
+    vocabulary = [(token, _SPECIAL_SCORE) for token in specials] + pieces
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=specials.index(_special_tokens(crammed)["unk"])))
+    tokenizer.normalizer = _normalizer(crammed)
+    tokenizer.pre_tokenizer = _pre_tokenizer("unigram", crammed)
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(specials)
+    return tokenizer
+
+
 def _special_tokens(crammed: bool) -> dict[str, str]:
     return CRAMMED_SPECIAL_TOKENS if crammed else SPECIAL_TOKENS
 
 
-def _untrained(kind: TokenizerKind, vocab_size: int, crammed: bool) -> tuple[Tokenizer, Any]:
+def _untrained(
+    kind: TokenizerKind, vocab_size: int, crammed: bool, alphabet: list[str]
+) -> tuple[Tokenizer, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = _special_tokens(crammed)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
-        "special_tokens": list(specials.values()),
+        "special_tokens": [*specials.values(), *alphabet],
         "show_progress": False,
     }
     unk = specials["unk"]
@@ -100,14 +170,10 @@ def _untrained(kind: TokenizerKind, vocab_size: int, crammed: bool) -> tuple[Tok
         tokenizer = Tokenizer(models.BPE(unk_token=unk, continuing_subword_prefix=_CONTINUES))
         trainer = trainers.BpeTrainer(continuing_subword_prefix=_CONTINUES, **common)
         tokenizer.decoder = decoders.WordPiece(prefix=_CONTINUES)
-    elif kind == "byte-bpe":
+    else:
         tokenizer = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **common)
         tokenizer.decoder = decoders.ByteLevel()
-    else:
-        tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(unk_token=unk, **common)
-        tokenizer.decoder = decoders.Metaspace()
     tokenizer.normalizer = _normalizer(crammed)
     tokenizer.pre_tokenizer = _pre_tokenizer(kind, crammed)
     return tokenizer, trainer
@@ -139,7 +205,7 @@ def _pre_tokenizer(kind: TokenizerKind, crammed: bool) -> Any:
     if kind == "byte-bpe":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "unigram":
-        return pre_tokenizers.Metaspace()
+        return pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     return pre_tokenizers.Whitespace() if crammed else pre_tokenizers.BertPreTokenizer()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,16 @@ def _shard_faults(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterator
 
 
 def _members(path: Path) -> Iterator[dict[str, Any]]:
-    """The tar samples of a shard, decoded by the stock reader."""
-    import webdataset
+    """The tar samples of a shard, decoded by webdataset's own stages over a file that we close, which it does not."""
+    from webdataset import filters, tariterators
 
     try:
-        yield from webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False).decode()
-    except (tarfile.TarError, OSError, ValueError, EOFError) as cause:  # DecodingError is no ValueError before 1.0
-        raise DataError(f"{path}: cannot be read: {str(cause).splitlines()[0] if str(cause) else cause!r}") from cause
+        with path.open("rb") as stream:
+            files = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
+            yield from filters.decode()(tariterators.group_by_keys(files))
+    except Exception as cause:  # whatever tarfile, numpy or the decoder make of damaged bytes
+        reason = (str(cause).splitlines() or [repr(cause)])[0]
+        raise DataError(f"{path}: cannot be read: {reason}; restore the file or prepare the folder again") from cause
 
 
 def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:

@@ -8,9 +8,8 @@ word embedding. Invariants:
   head trains it, as in the official code;
 * the rows of the fused projection are grouped head by head, in each head query, key, value: the official order;
 * the position table is a constant, rebuilt wherever the module is moved or loaded, and never stored;
-* with labels, only the labelled positions pass through the head.
-
-Pretraining runs without dropout, so the dropout fields default to 0; fine-tuning sets them to 0.1.
+* with labels, only the labelled positions pass through the head;
+* pretraining runs without dropout, so the dropout fields default to 0; fine-tuning sets them to 0.1.
 
 This file stands alone (torch, transformers and the standard library): `save_pretrained` copies it beside the weights,
 so that an environment without this package loads the model with `trust_remote_code=True`.
@@ -42,7 +41,6 @@ from transformers.utils import can_return_tuple
 MODEL_TYPE = "crammed-bert"
 IGNORE_INDEX = -100
 MASKED_SCORE = -10000.0  # added to the scores of hidden keys; the official value, finite in half precision
-
 _Value = TypeVar("_Value")
 
 

@@ -93,7 +93,13 @@ def test_a_ds_config_is_found_by_name_file_name_and_path(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("batch", "micro", "world", "expected"),
-    [(64, "auto", 1, (32, 2)), (64, "auto", 2, (32, 1)), (36, "auto", 1, (18, 2)), (37, "auto", 1, (1, 37)), (64, 8, 2, (8, 4))],
+    [
+        (64, "auto", 1, (32, 2)),
+        (64, "auto", 2, (32, 1)),
+        (36, "auto", 1, (18, 2)),
+        (37, "auto", 1, (1, 37)),
+        (64, 8, 2, (8, 4)),
+    ],
 )
 def test_the_global_batch_is_split(batch: int, micro: object, world: int, expected: tuple[int, int]) -> None:
     plan = make_plan(load(f"train.global_batch_size={batch}", f"train.micro_batch_size={micro}"), world)
@@ -101,7 +107,9 @@ def test_the_global_batch_is_split(batch: int, micro: object, world: int, expect
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"found 64, expected a multiple of 3 \(3 ranks\); nearest that fit: 63 or 66"):
+    with pytest.raises(
+        ConfigError, match=r"found 64, expected a multiple of 3 \(3 ranks\); nearest that fit: 63 or 66"
+    ):
         make_plan(load(), 3)
     config = load("train.micro_batch_size=32")
     with pytest.raises(ConfigError, match=r"a multiple of 128 .*nearest that fit: 128, or train\.micro_batch_size=16"):

@@ -1,4 +1,4 @@
-"""Layers, overrides and the checks of `load_config`: every fault in one message, with its source and the nearest name."""
+"""Layers, overrides and the checks of `load_config`: every fault in one message, with source and nearest name."""
 
 from __future__ import annotations
 
@@ -310,6 +310,7 @@ def test_a_plugins_keys_are_checked_by_its_own_class() -> None:
     [
         (["objective.name=plain", "objective.wieght=1"], "did you mean objective.weight?"),
         (["objective.name=plain", "objective.layers=many"], "objective.layers: found"),
+        (["objective.name=plain", "objective.layers=0"], "objective: found {"),
         (["objective.name=plain", "objective.layers=0"], "layers must be positive"),
         (["objective.name=strict", "objective.wieght=1"], "did you mean objective.weight?"),
         (["objective.name=plian"], "did you mean plain?"),

@@ -89,9 +89,9 @@ def test_full_size_classifier_has_the_published_parameters():
 
 
 def reference_states(model, input_ids, mask=None):
-    """The forward pass of the specification, position by position formulas, float64; returns the states of each layer."""
+    """The specification's forward pass in float64: the embedding and the state after each layer."""
     weights = {name: value.double() for name, value in model.state_dict().items()}
-    rows, length = input_ids.shape
+    length = input_ids.shape[1]
     width, heads = model.config.hidden_size, model.config.num_attention_heads
     depth = width // heads
 

@@ -104,7 +104,8 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     exact = {pin.name.lower().replace("_", "-"): str(pin.specifier) for pin in pins}
     assert all(re.fullmatch(r"==[^*+]+", specifier) for specifier in exact.values())
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    for text in project["dependencies"] + sum(project["optional-dependencies"].values(), []):
+    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    for text in project["dependencies"] + extras:
         requirement = Requirement(text)
         name = requirement.name.lower().replace("_", "-")
         if name in ("sparselt-dist", "hatchling"):  # itself, and a tool that only builds

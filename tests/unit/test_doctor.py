@@ -71,7 +71,8 @@ def test_a_missing_compiler_and_a_stale_lock_are_seen(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("content", "level"), [("from sparselt_dist.launch import main", "ok"), ("import deepspeed", "warning"), (None, "error")]
+    ("content", "level"),
+    [("from sparselt_dist.launch import main", "ok"), ("import deepspeed", "warning"), (None, "error")],
 )
 def test_the_deepspeed_command_must_be_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, level: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import time
 from pathlib import Path
@@ -150,3 +151,16 @@ def test_reports_tell_ready_ranks_and_exit_codes_in_order(tmp_path: Path, monkey
     assert reports.ready_pids == {"rank_0": os.getpid(), "rank_3": os.getpid()}
     assert list(reports.exit_codes.items()) == [("rank_0", 75), ("rank_3", 2)]
     assert not reports.any_lost
+
+
+def test_an_announced_rank_takes_the_notice_that_was_held() -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert caught == []
+        rank_report.announce()
+        assert caught == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -44,9 +44,7 @@ def test_each_stage_divides_its_part_over_the_ranks(
 ) -> None:
     memory = estimate_memory(FACTS, layout(stage), overhead_gib=1.0)
     assert (memory.weights, memory.gradients, memory.optimizer) == (weights, gradients, optimizer)
-    assert memory.total == pytest.approx(
-        weights + gradients + optimizer + memory.activations + memory.buffers + 1.0
-    )
+    assert memory.total == pytest.approx(weights + gradients + optimizer + memory.activations + memory.buffers + 1.0)
 
 
 def test_offload_moves_memory_to_the_host() -> None:

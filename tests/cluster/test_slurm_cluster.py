@@ -1,0 +1,142 @@
+"""`sbatch slurm/pretrain.sh` on a real Slurm of two nodes that the tests start on this machine.
+
+The first tests replace the trainer by a small program, so that they show the script's part alone: where ranks start,
+that a notice becomes a checkpoint, a requeue and a continuation. The last one trains.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = str(REPOSITORY / "slurm" / "pretrain.sh")
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(bool(missing_programs()), reason=f"needs Slurm and munge; missing: {missing_programs()}"),
+]
+
+# Like `python -m sparselt_dist.pretrain`: on a stop signal it leaves a checkpoint and 75; with a checkpoint it finishes.
+TRAINER = """\
+import os, signal, sys, time
+from pathlib import Path
+rank = os.environ["SLURM_PROCID"]
+Path(f"began_{rank}").touch()
+time.sleep(3 if "late" in sys.argv else 0)  # before the handlers
+stop = []
+for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+    signal.signal(getattr(signal, name), lambda number, frame: stop.append(signal.Signals(number).name))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+names = "SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID MASTER_ADDR MASTER_PORT".split()
+print("rank", rank, *(f"{name}={os.environ[name]}" for name in names), *sys.argv[1:], flush=True)
+code = next((int(word[5:]) for word in sys.argv if word.startswith("code=")), None)
+if code is not None:
+    sys.exit(code)
+checkpoint = Path(f"checkpoint_{rank}")
+if checkpoint.exists():
+    sys.exit(0)
+Path(f"started_{rank}").touch()
+deadline = time.monotonic() + 200
+while not stop and time.monotonic() < deadline:
+    time.sleep(0.1)
+time.sleep(0.5 + int(rank))  # ranks never end at the same moment
+checkpoint.write_text(" ".join(stop))
+sys.exit(75 if stop else 9)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """A `python` on PATH that runs TRAINER whatever module it is asked for."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path / "trainer.py"} "$@"\n')
+    python.chmod(0o755)
+    return {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def wait_for(paths: list[Path], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {paths}"
+        time.sleep(0.1)
+
+
+def output(folder: Path, job: str) -> str:
+    return (folder / f"slurm-{job}.out").read_text()
+
+
+def test_ranks_start_on_both_nodes_and_meet(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, "code=0", "run.name=two words"]
+    job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
+    assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
+    lines = sorted(line for line in output(tmp_path, job).splitlines() if line.startswith("rank"))
+    assert len(lines) == 4
+    for rank, line in enumerate(lines):
+        assert f"rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
+        assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={20000 + int(job)} code=0 run.name=two words" in line
+
+
+def test_a_notice_is_saved_requeued_and_continued(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = cluster.submit("--nodes=2", SCRIPT, cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "started_0", tmp_path / "started_1"])
+    cluster.run("scancel", "--signal=USR1", job)
+    ended = cluster.wait(job, 90)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output(tmp_path, job)
+    assert [(tmp_path / f"checkpoint_{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
+    shown = output(tmp_path, job)  # appended to, not overwritten, by the second start
+    assert shown.count("rank 0") == 2
+    assert "requeued" in shown
+
+
+def test_a_notice_before_the_ranks_can_take_it_is_not_lost(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    job = cluster.submit("--nodes=2", SCRIPT, "late", cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "began_0", tmp_path / "began_1"])
+    cluster.run("scancel", "--signal=USR1", job)
+    ended = cluster.wait(job, 90)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
+
+
+def test_the_time_limit_gives_notice(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    arguments = ["--nodes=2", "--time=1", "--signal=USR1@20", SCRIPT]
+    job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
+    ended = cluster.wait(job, 180)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
+    assert (tmp_path / "checkpoint_0").read_text() == "SIGUSR1"
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_failure_is_the_jobs_and_is_not_tried_again(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, code: int
+) -> None:
+    job = cluster.submit("--nodes=2", SCRIPT, f"code={code}", cwd=tmp_path, env=stand_in)
+    ended = cluster.wait(job, 60)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    job = cluster.submit("--nodes=2", SCRIPT, cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "started_0", tmp_path / "started_1"])
+    cluster.run("scancel", job)
+    assert cluster.wait(job, 60)["JobState"] == "CANCELLED"
+    wait_for([tmp_path / "checkpoint_0", tmp_path / "checkpoint_1"])
+    time.sleep(8)  # longer than a requeued job would wait
+    assert cluster.job(job)["JobState"] == "CANCELLED"

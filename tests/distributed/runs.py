@@ -1,0 +1,114 @@
+"""Real runs of several processes for the tests: start ranks, wait, kill the group on a timeout, read what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparselt_dist import checkpoint
+
+MODEL = [
+    "model.architecture=crammed-bert",
+    "model.config.hidden_size=32",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=2",
+    "model.config.intermediate_size=64",
+]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def journal(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return loaded
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return checkpoint.load_weights(checkpoint.find(self.folder))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and moments of the newest checkpoint."""
+        moments = checkpoint.TensorFiles.open(checkpoint.find(self.folder), "moments").read_all()
+        return {**self.weights(), **moments}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would set for a rank."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def pretrain_arguments(shards: Path, folder: Path, *overrides: str) -> list[str]:
+    """A small run on prepared shards; later overrides win."""
+    return [
+        f"data.train={shards / 'train'}",
+        f"data.validation={shards / 'validation'}",
+        f"run.output_dir={folder}",
+        *MODEL,
+        "train.global_batch_size=8",
+        "train.yardsticks=false",
+        "train.evaluate_samples=12",
+        "schedule.name=linear",
+        "optim.peak_lr=3e-3",
+        "log.every_steps=1",
+        "log.batch_digest=true",
+        "log.mlflow_uri=null",
+        *overrides,
+    ]
+
+
+def run_ranks(ranks: int, shards: Path, folder: Path, *overrides: str, flags: tuple[str, ...] = (), timeout: float = 240) -> Finished:
+    """Start `ranks` processes of pretrain as a launcher would, and wait for all of them."""
+    command = [sys.executable, "-m", "sparselt_dist.pretrain", *flags, *pretrain_arguments(shards, folder, *overrides)]
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            command,
+            env=rank_environment(rank, ranks, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    codes = [process.returncode for process in processes]
+    return Finished(max(codes, key=abs), "\n".join(outputs), folder)

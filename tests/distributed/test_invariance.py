@@ -1,0 +1,58 @@
+"""Numbers do not depend on how the work is split: ranks, accumulation, ZeRO stage, micro-batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Finished, run_ranks
+
+pytestmark = pytest.mark.distributed
+
+STEPS = "budget.max_steps=5"
+
+
+@pytest.fixture(scope="module")
+def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    run = run_ranks(1, shards, tmp_path_factory.mktemp("reference"), STEPS, "train.micro_batch_size=8")
+    assert run.code == 0, run.output
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch_size", "zero_stage"),
+    [(1, 2, 0), (2, 1, 0), (2, 4, 1), (2, 2, 3), (4, 1, 2)],
+)
+def test_same_losses_weights_and_samples(
+    shards: Path, tmp_path: Path, reference: Finished, ranks: int, micro_batch_size: int, zero_stage: int
+) -> None:
+    split = run_ranks(
+        ranks, shards, tmp_path, STEPS, f"train.micro_batch_size={micro_batch_size}", f"train.zero_stage={zero_stage}"
+    )
+    assert split.code == 0, split.output
+    assert len(split.journal) == len(reference.journal) == 5
+    for ours, theirs in zip(split.journal, reference.journal, strict=True):
+        assert ours["batch_digest"] == theirs["batch_digest"]
+        assert ours["progress/tokens"] == theirs["progress/tokens"]
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=2e-6)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
+    assert split.journal[-1]["eval/loss"] == pytest.approx(reference.journal[-1]["eval/loss"], rel=2e-6)
+    ours, theirs = split.weights(), reference.weights()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        # Adam divides by the root of a squared gradient, which lifts rounding where gradients are near zero.
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=2e-5)
+
+
+def test_half_precision_agrees_within_its_rounding(shards: Path, tmp_path: Path, reference: Finished) -> None:
+    half = run_ranks(2, shards, tmp_path, STEPS, "train.precision=bf16", "train.zero_stage=2")
+    assert half.code == 0, half.output
+    losses = [line["train/loss"] for line in half.journal]
+    assert losses == pytest.approx([line["train/loss"] for line in reference.journal], rel=2e-2)
+
+
+def test_another_seed_gives_another_run(shards: Path, tmp_path: Path, reference: Finished) -> None:
+    other = run_ranks(1, shards, tmp_path, STEPS, "run.seed=1")
+    assert other.journal[0]["batch_digest"] != reference.journal[0]["batch_digest"]
+    assert other.journal[-1]["train/loss"] != reference.journal[-1]["train/loss"]

@@ -1,0 +1,82 @@
+"""N steps = N/2, stop, N/2: bitwise in every ZeRO stage; and a checkpoint continues on other stages and rank numbers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Finished, run_ranks
+
+from sparselt_dist import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+RUN = ("budget.max_steps=6", "checkpoint.every_steps=3", "train.micro_batch_size=2", "model.config.hidden_dropout_prob=0.1")
+
+
+def half_of(run: Finished, folder: Path) -> Path:
+    """A run folder as it was after step 3, with the journal of all six steps still in it, as after a crash."""
+    shutil.copytree(run.folder, folder)
+    shutil.rmtree(folder / "checkpoints" / checkpoint.folder_name(6))
+    return folder
+
+
+def assert_same(ours: Finished, theirs: Finished) -> None:
+    assert ours.code == 0, ours.output
+    for mine, other in zip(ours.journal, theirs.journal, strict=True):
+        for key in ("step", "train/loss", "train/lr", "train/grad_norm", "batch_digest", "progress/tokens"):
+            assert mine[key] == other[key], (mine["step"], key)
+    assert ours.journal[-1]["eval/loss"] == theirs.journal[-1]["eval/loss"]
+    tensors, expected = ours.tensors(), theirs.tensors()
+    assert tensors.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(tensors[name], value)] == []
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_resume_is_bitwise(shards: Path, tmp_path: Path, zero_stage: int) -> None:
+    stage = f"train.zero_stage={zero_stage}"
+    straight = run_ranks(2, shards, tmp_path / "straight", *RUN, stage)
+    assert straight.code == 0, straight.output
+    resumed = run_ranks(2, shards, half_of(straight, tmp_path / "resumed"), *RUN, stage, flags=("--resume", "must"))
+    assert "at step 3" in resumed.output
+    assert_same(resumed, straight)
+
+
+def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: Path) -> None:
+    plain = RUN[:3]  # dropout is drawn by each rank for itself, so it is left out here
+    straight = run_ranks(2, shards, tmp_path / "straight", *plain, "train.zero_stage=1")
+    source = straight.folder / "checkpoints" / checkpoint.folder_name(3)
+    other = run_ranks(
+        1, shards, tmp_path / "other", *plain, "train.zero_stage=3", flags=("--resume", str(source))
+    )
+    assert other.code == 0, other.output
+    assert [line["step"] for line in other.journal] == [4, 5, 6]
+    for mine, theirs in zip(other.journal, straight.journal[3:], strict=True):
+        assert mine["batch_digest"] == theirs["batch_digest"]
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=2e-6)
+
+
+def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> None:
+    straight = run_ranks(1, shards, tmp_path / "straight", *RUN)
+    damaged = straight.folder / "checkpoints" / checkpoint.folder_name(6) / "weights-00000.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    again = run_ranks(1, shards, straight.folder, *RUN)
+    assert "was changed after it was saved" in again.output and "at step 3" in again.output
+    assert again.code == 0, again.output
+    assert damaged.exists() is False or damaged.read_bytes() != bytes(content)  # its place was taken by the new one
+    assert [line["step"] for line in again.journal] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_stays_finished_and_another_model_is_refused(shards: Path, tmp_path: Path) -> None:
+    first = run_ranks(1, shards, tmp_path / "run", *RUN)
+    journal = [line["train/loss"] for line in first.journal]
+    again = run_ranks(1, shards, tmp_path / "run", *RUN)
+    assert again.code == 0, again.output
+    assert [line["train/loss"] for line in again.journal] == journal
+    other = run_ranks(1, shards, tmp_path / "run", *RUN, "model.config.intermediate_size=128")
+    assert other.code == 2
+    assert "belongs to another model" in other.output and "Traceback" not in other.output

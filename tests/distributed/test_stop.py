@@ -1,0 +1,84 @@
+"""A stop signal, wherever it arrives, ends in a committed checkpoint, exit code 75, and no process left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import Finished, pretrain_arguments
+
+from sparselt_dist import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+LONG = ("budget.max_steps=100000", "train.micro_batch_size=2", "schedule.name=constant")
+LAUNCH = "from sparselt_dist.launch import main; import sys; sys.exit(main())"
+
+
+@contextmanager
+def started(shards: Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """The `deepspeed` command with two ranks, once it has journalled a step."""
+    command = [sys.executable, "-c", LAUNCH, "--num_gpus", "2", "-m", "sparselt_dist.pretrain"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (folder.parent / "output").open("w") as output:
+        process = subprocess.Popen(
+            [*command, *pretrain_arguments(shards, folder, *LONG)],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 240
+        while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+            assert process.poll() is None, (folder.parent / "output").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield process
+    finally:
+        left = [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+        for member in [*left, process]:
+            member.kill()
+    assert left == []
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if any(part.startswith("--local_rank=") for part in child.cmdline())]
+
+
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [("command", signal.SIGTERM), ("group", signal.SIGINT), ("one rank", signal.SIGUSR1), ("node launcher", signal.SIGTERM)],
+)
+def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    with started(shards, folder) as process:
+        rank_1 = ranks_of(process)[1]
+        if target == "command":
+            process.send_signal(number)
+        elif target == "group":
+            os.killpg(process.pid, number)
+        elif target == "one rank":
+            rank_1.send_signal(number)
+        else:
+            rank_1.parent().send_signal(number)
+        code = process.wait(timeout=120)
+    output = (tmp_path / "output").read_text()
+    assert code == 75, output
+    run = Finished(code, output, folder)
+    assert run.summary["status"] == "stopped"
+    newest = checkpoint.find(folder)
+    assert checkpoint.read_meta(newest)["step"] == run.summary["steps"] == run.journal[-1]["step"]
+    checkpoint.verify(newest)

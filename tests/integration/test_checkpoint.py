@@ -1,0 +1,106 @@
+"""Checkpoints on one rank: commit mark, rotation, errors. (Resume itself: tests/distributed.)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sparselt_dist import checkpoint
+from sparselt_dist.distributed import Ranks
+from sparselt_dist.errors import CheckpointError
+
+ALONE = Ranks(0, 1, 0)
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def save(run_dir: Path, step: int, keep: int = 2, model: nn.Module | None = None) -> Path:
+    model = model or nn.Linear(3, 2)
+    moments = ((f"{name}#exp_avg", torch.zeros_like(value)) for name, value in model.named_parameters())
+    return checkpoint.save(
+        run_dir,
+        step,
+        ranks=ALONE,
+        weights=((name, value.detach()) for name, value in model.named_parameters()),
+        moments=moments,
+        rank_state={"cpu": torch.get_rng_state()},
+        meta={"note": "x"},
+        keep=keep,
+    )
+
+
+def test_saved_is_complete_intact_and_named_by_latest(tmp_path: Path) -> None:
+    path = save(tmp_path, 100)
+    assert path.name == "step_00000100" and (path / "COMPLETE").is_file()
+    assert (path.parent / "latest").read_text().strip() == path.name
+    checkpoint.verify(path)
+    assert checkpoint.find(tmp_path) == path
+    assert not list(path.parent.glob("*.partial"))
+
+
+def test_rotation_keeps_the_newest_and_counts_only_complete_ones(tmp_path: Path) -> None:
+    foreign = tmp_path / "checkpoints" / "step_00000001"
+    foreign.mkdir(parents=True)
+    (foreign / "something").write_text("not ours to delete")
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=2)
+    assert [path.name for path in checkpoint.complete_checkpoints(tmp_path)] == ["step_00000020", "step_00000030"]
+    assert (foreign / "something").exists()
+
+
+def test_a_step_saved_twice_is_left_as_it_is(tmp_path: Path) -> None:
+    first = save(tmp_path, 5)
+    before = (first / "meta.json").read_bytes()
+    assert save(tmp_path, 5) == first
+    assert (first / "meta.json").read_bytes() == before
+
+
+def test_an_unfinished_folder_of_that_step_is_moved_aside(tmp_path: Path) -> None:
+    torn = tmp_path / "checkpoints" / "step_00000007"
+    torn.mkdir(parents=True)
+    (torn / "weights-00000.safetensors").write_bytes(b"half")
+    save(tmp_path, 7)
+    (aside,) = torn.parent.glob("step_00000007.incomplete-*")
+    assert (aside / "weights-00000.safetensors").read_bytes() == b"half"
+
+
+@pytest.mark.parametrize("name", ["weights-00000.safetensors", "moments-00000.safetensors", "rank_00000.pt"])
+def test_one_flipped_bit_is_found_and_the_earlier_checkpoint_used(tmp_path: Path, name: str) -> None:
+    earlier, newest = save(tmp_path, 1), save(tmp_path, 2)
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 0x10
+    (newest / name).write_bytes(content)
+    warnings: list[str] = []
+    assert checkpoint.newest_intact(tmp_path, warnings.append) == earlier
+    assert name in warnings[0] and newest.exists()
+
+
+def test_all_damaged_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+    (save(tmp_path, 1) / "rank_00000.pt").unlink()
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is intact"):
+        checkpoint.newest_intact(tmp_path, lambda text: None)
+
+
+def test_loading_into_another_model_names_what_differs(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    checkpoint.load_into(nn.Linear(3, 2), path)
+    with pytest.raises(CheckpointError, match=r"other shape: weight \(2, 3\) \(expected \(2, 4\)\)"):
+        checkpoint.load_into(nn.Linear(4, 2), path)
+    with pytest.raises(CheckpointError, match="not in this model: bias"):
+        checkpoint.load_into(nn.Linear(3, 2, bias=False), path)
+
+
+def test_an_unwritable_folder_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(tmp_path, 1)

@@ -1,0 +1,78 @@
+"""Normalisation (cramming 3.1 and item 8 of its section 11), length filters, and the set of hashes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparselt_dist.data.cleaning import CleaningRules, HashSet, Normalization, clean_batch, normalize, parse_records
+from sparselt_dist.data.tokenizer import _normalizer
+
+TRAPS = [
+    "Plain text, nothing to do.",
+    "``Quoted'' and ''quoted``",
+    "'\u2019' deletion brings quotes together",
+    "a \u2014 b deletion brings spaces together",
+    "`\u00a0` \u0300''\u0301'",
+    "Caf\u00e9 na\u00efve \u00c5ngstr\u00f6m \u0130stanbul \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 \u212a \u1fef\u1fef",
+    "line one\r\nline two\r\n\r\n\r\n\r\nline three\t tab",
+    "bell \x07 escape \x1b zero width \u200b soft\u00adhyphen",
+    "\u4e2d\u6587 \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
+    "'''' ````  ' '  ` `",
+]
+
+
+@pytest.mark.parametrize("how", ["none", "nfc", "crammed"])
+@pytest.mark.parametrize("text", TRAPS)
+def test_normalisation_is_idempotent(how: Normalization, text: str) -> None:
+    once = normalize(text, how)
+    assert normalize(once, how) == once
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_crammed_is_lower_case_ascii_without_double_spaces(text: str) -> None:
+    result = normalize(text, "crammed")
+    assert result.isascii() and result == result.lower() and "  " not in result
+    assert "''" not in result and "``" not in result
+
+
+def test_crammed_follows_the_order_of_the_specification() -> None:
+    assert normalize("``Caf\u00e9''  \u2014  A", "crammed") == '"cafe" a'
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_the_tokenizer_normalises_like_prepare(text: str) -> None:
+    assert _normalizer(crammed=True).normalize_str(text) == normalize(text, "crammed")
+
+
+def test_nfc_composes_and_tidies() -> None:
+    assert normalize("e\u0301  x \r\n\r\n\r\n\r\ny\x00 ", "nfc") == "\u00e9 x\n\ny"
+
+
+def test_lone_surrogates_can_be_written() -> None:
+    assert normalize("a\ud800b", "none") == "ab"
+
+
+def test_documents_outside_the_limits_are_counted_and_dropped() -> None:
+    rules = CleaningRules("nfc", min_characters=3, max_characters=5)
+    batch = clean_batch(rules, [(0, "ab"), (1, "abc"), (0, "abcde"), (0, "abcdef"), (0, "  a  ")])
+    assert (batch.too_short, batch.too_long, batch.characters.tolist()) == (2, 1, [3, 5])
+    stored = list(parse_records(b"".join(batch.records)))
+    assert [(document.source, document.text) for document in stored] == [(1, "abc"), (0, "abcde")]
+    assert [document.exact_hash for document in stored] == batch.exact_hashes.tolist()
+
+
+def test_an_empty_document_is_too_short_whatever_the_limit() -> None:
+    assert clean_batch(CleaningRules("nfc", 0, None), [(0, "\n")]).too_short == 1
+
+
+def test_hash_set_equals_a_set() -> None:
+    rng = np.random.default_rng(0)
+    ours, reference = HashSet(), set[int]()
+    for size in (0, 1, 5, 300, 40, 1000, 3):
+        hashes = rng.integers(0, 1500, size).astype(np.uint64)
+        expected = []
+        for value in hashes.tolist():
+            expected.append(value not in reference)
+            reference.add(value)
+        assert ours.add(hashes).tolist() == expected
