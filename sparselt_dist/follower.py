@@ -27,7 +27,7 @@ LOG_NAME: Final = "mlflow.log"
 SUMMARY_NAME: Final = "summary.json"
 PROCESS_NAME: Final = "process.json"
 # What the follower must outlive: it ends when the run has ended, not when the run is told to.
-IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+BLOCKED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _POLL_SECONDS: Final = 0.05
 # A run on another machine counts as alive while its journal is younger than this.
 _SILENT_SECONDS: Final = 600.0
@@ -116,8 +116,8 @@ def start_follower(run_dir: Path, uri: str, parent_pid: int) -> subprocess.Popen
     command += ["--parent", str(parent_pid), "--uri", uri]
     # One thread and no GPU: it must not take what training uses.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # Blocked signals are inherited, so none can end it in the moment before it sets its own handlers.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)
+    # Blocked signals are inherited: none of these reaches it, not even in its first moments.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         with (run_dir / LOG_NAME).open("ab") as log:
             process = subprocess.Popen(
@@ -160,7 +160,7 @@ def wait_follower(process: subprocess.Popen[bytes], run_dir: Path, timeout_secon
     try:
         process.wait(timeout_seconds)
     except subprocess.TimeoutExpired:
-        # It ignores other signals; a kill at any moment loses and doubles nothing.
+        # Nothing gentler reaches it; a kill at any moment loses and doubles nothing.
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 from sparselt_dist.cli import make_parser, run_command
 from sparselt_dist.errors import ConfigError, DataError, SparseltError
 from sparselt_dist.follower import (
-    IGNORED_SIGNALS,
     STATE_NAME,
     SUMMARY_NAME,
     process_birth,
@@ -235,9 +233,7 @@ def summary_status(run_dir: Path) -> tuple[FinalStatus | None, float | None]:
 
 
 def follow(run_dir: Path, uri: str, parent: int, *, patience_seconds: float = _PATIENCE_SECONDS) -> int:
-    """Follow a run as its side process: out of reach of the run's signals and of low priority."""
-    for number in IGNORED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """Follow a run as its side process, at low priority. `start_follower` has put it out of reach of signals."""
     with contextlib.suppress(OSError):
         os.nice(_NICENESS)
     return Follower(run_dir, uri, parent, patience_seconds=patience_seconds).run()

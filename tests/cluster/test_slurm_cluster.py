@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from main_job import journal_steps, main_job_arguments, summary
 from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,6 +77,13 @@ def wait_for(paths: list[Path], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def wait_until_trained(folder: Path, steps: int, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while len(journal_steps(folder)) < steps:
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain for {steps} steps"
+        time.sleep(0.1)
+
+
 def output(folder: Path, job: str) -> str:
     return (folder / f"slurm-{job}.out").read_text()
 
@@ -91,7 +99,9 @@ def test_ranks_start_on_both_nodes_and_meet(cluster: SlurmCluster, stand_in: dic
         assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={20000 + int(job)} code=0 run.name=two words" in line
 
 
-def test_a_notice_is_saved_requeued_and_continued(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_notice_is_saved_requeued_and_continued(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
+) -> None:
     job = cluster.submit("--nodes=2", SCRIPT, cwd=tmp_path, env=stand_in)
     wait_for([tmp_path / "started_0", tmp_path / "started_1"])
     cluster.run("scancel", "--signal=USR1", job)
@@ -140,3 +150,23 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     wait_for([tmp_path / "checkpoint_0", tmp_path / "checkpoint_1"])
     time.sleep(8)  # longer than a requeued job would wait
     assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+def test_the_main_job_continues_after_its_notice(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Two nodes prepare, train, get notice, save, are requeued and finish the same run folder."""
+    steps = 300
+    # A user's shell: an activated environment with sparselt_dist installed.
+    env = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    job = cluster.submit("--nodes=2", SCRIPT, *main_job_arguments(tmp_path, steps), cwd=tmp_path, env=env)
+    wait_until_trained(tmp_path, 3)
+    cluster.run("scancel", "--signal=USR1", job)
+    ended = cluster.wait(job, 300)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
+    assert journal_steps(tmp_path) == list(range(1, steps + 1))
+    closing = summary(tmp_path)
+    assert (closing["status"], closing["steps"], closing["world_size"]) == ("finished", steps, 2)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

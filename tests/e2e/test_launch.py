@@ -17,10 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from main_job import journal_steps, main_job_arguments, summary
 
 REPOSITORY = Path(__file__).parents[2]
 
-RANK_PROGRAM = '''
+RANK_PROGRAM = """
 import json, os, signal, sys, time
 from sparselt_dist import rank_report
 from sparselt_dist.extensions import prepare_environment
@@ -50,7 +51,7 @@ save()
 if reporting:
     rank_report.record_exit(code)
 sys.exit(code)
-'''
+"""
 
 
 @dataclass
@@ -176,3 +177,26 @@ def test_the_first_failing_ranks_code_returns_though_the_others_are_then_stopped
 
 def test_a_script_that_reports_nothing_keeps_the_stock_exit_code(start: Start) -> None:
     assert start("--num_gpus", "2", "rank_program.py", "0=0", "1=7", "--silent").end() == 7
+
+
+def test_the_main_job_stops_on_request_and_continues(start: Start, tmp_path: Path) -> None:
+    """Ctrl-C saves and gives 75; the same command again finishes, each step once in the journal."""
+    steps = 300
+    command = ["--num_gpus", "2", "-m", "sparselt_dist.pretrain", *main_job_arguments(tmp_path, steps)]
+    first = start(*command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    wait_until(lambda: len(journal_steps(tmp_path)) >= 3, "three steps are trained", seconds=240)
+    first.process.send_signal(signal.SIGINT)
+    assert first.end() == 75
+    stopped_at = journal_steps(tmp_path)[-1]
+    assert (tmp_path / "run" / "checkpoints" / f"step_{stopped_at:08d}" / "COMPLETE").exists()
+    assert summary(tmp_path)["status"] == "stopped"
+    assert stopped_at < steps
+    assert start(*command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1").end() == 0
+    assert journal_steps(tmp_path) == list(range(1, steps + 1))
+
+
+def test_a_configuration_error_gives_2_and_one_message(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start("--num_gpus", "2", "-m", "sparselt_dist.pretrain", "train.global_batch_sise=8").end() == 2
+    shown = capfd.readouterr()
+    assert (shown.out + shown.err).count("error: ") == 1
+    assert "global_batch_size" in shown.err

@@ -90,7 +90,7 @@ def test_a_run_is_followed_to_its_end(run_dir: Path, store: str, monkeypatch: py
     write(journal, 1, 30)
     journal.append({"step": 30, "eval/loss": float("nan")})
     until(lambda: reached(store, run_dir, 30))
-    for number in follower.IGNORED_SIGNALS:
+    for number in follower.BLOCKED_SIGNALS:
         process.send_signal(number)
     write(journal, 31, 60)
     journal.close()
