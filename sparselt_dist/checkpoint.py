@@ -72,10 +72,14 @@ def find(path: Path) -> Path:
     if (path / "COMPLETE").is_file():
         return path
     if _NAME.search(path.name) and path.is_dir():
-        raise CheckpointError(f"checkpoint {path}: not complete (no COMPLETE in it); choose an earlier one of {path.parent}")
+        raise CheckpointError(
+            f"checkpoint {path}: not complete (no COMPLETE in it); choose an earlier one of {path.parent}"
+        )
     found = complete_checkpoints(path)
     if not found:
-        raise CheckpointError(f"{path}: found no complete checkpoint, expected a run folder or a folder checkpoints/step_*")
+        raise CheckpointError(
+            f"{path}: found no complete checkpoint, expected a run folder or a folder checkpoints/step_*"
+        )
     return found[-1]
 
 
@@ -88,9 +92,13 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads((checkpoint / "meta.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint}: meta.json cannot be read ({error}); use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: meta.json cannot be read ({error}); use an earlier checkpoint"
+        ) from None
     if meta.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {checkpoint}: format {meta.get('format')!r}, expected {FORMAT}; use a matching version")
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: format {meta.get('format')!r}, expected {FORMAT}; use a matching version"
+        )
     return meta
 
 
@@ -127,7 +135,9 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
         else:
             return path
     if candidates:
-        raise CheckpointError(f"{run_dir}: none of {len(candidates)} checkpoints is intact; start anew with --resume never")
+        raise CheckpointError(
+            f"{run_dir}: none of {len(candidates)} checkpoints is intact; start anew with --resume never"
+        )
     return None
 
 
@@ -157,9 +167,12 @@ class TensorFiles:
         from safetensors import safe_open
 
         if name not in self.owner:
-            raise CheckpointError(f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model or objective")
+            raise CheckpointError(
+                f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model or objective"
+            )
         with safe_open(self.checkpoint / self.owner[name], framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
     def read_all(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
@@ -183,7 +196,7 @@ def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
         CheckpointError: a tensor is missing, left over or of another shape: the checkpoint of another model.
     """
     weights = load_weights(checkpoint)
-    own = {name: parameter for name, parameter in model.named_parameters()}
+    own: dict[str, torch.Tensor] = dict(model.named_parameters())
     own.update({name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()})
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
@@ -275,7 +288,9 @@ def _start_staging(staging: Path, final: Path) -> None:
             final.rename(final.with_name(f"{final.name}.incomplete-{os.getpid()}"))
         staging.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {final}: cannot be written ({error}); free space or mend permissions") from None
+        raise CheckpointError(
+            f"checkpoint {final}: cannot be written ({error}); free space or mend permissions"
+        ) from None
 
 
 def _commit(staging: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
@@ -289,7 +304,9 @@ def _commit(staging: Path, final: Path, meta: dict[str, Any], keep: int) -> None
         _write_text(pointer, final.name + "\n")
         pointer.replace(final.parent / "latest")
     except OSError as error:
-        raise CheckpointError(f"checkpoint {final}: cannot be written ({error}); free space or mend permissions") from None
+        raise CheckpointError(
+            f"checkpoint {final}: cannot be written ({error}); free space or mend permissions"
+        ) from None
     for old in complete_checkpoints(final.parent.parent)[:-keep]:
         (old / "COMPLETE").unlink()  # a half-deleted folder must not look whole
         shutil.rmtree(old, ignore_errors=True)

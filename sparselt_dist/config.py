@@ -26,7 +26,9 @@ class DataSection(Section):
     validation: str | None = Field(None, description="held-out shard folder; null with train null: the prepared one")
     sequence_length: int | None = Field(128, ge=8, description="tokens a row; null: documents kept whole")
     num_workers: int = Field(0, ge=0, description="loader processes a rank; 0: in the training process")
-    shuffle_window: int = Field(16, ge=1, description="shards open at once; samples are permuted inside this window")
+    shuffle_window: int = Field(
+        16, ge=0, description="shards open at once; samples are permuted inside this window; 0: read in stored order"
+    )
 
 
 class PrepareSection(Section):

@@ -177,7 +177,7 @@ def _note(error: ValidationError, model: type[Any], prefix: str, merged: Merged,
         else:
             value = merged.value(full, detail["input"])
             is_missing = detail["type"] == "missing" and len(detail["loc"]) == path.count(".") + 1
-            expected = detail["msg"] if field is None else _expectation(field)
+            expected = detail["msg"].removeprefix("Value error, ") if field is None else _expectation(field)
             hint = None if field is None else _choice_hint(field, value)
             faults.add(merged.source(full), full, "nothing" if is_missing else show(value), expected, hint)
     return paths

@@ -45,7 +45,9 @@ def _integer(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"environment: {name} is {text!r}, expected a whole number; unset it or start by a launcher") from None
+        raise ConfigError(
+            f"environment: {name} is {text!r}, expected a whole number; unset it or start by a launcher"
+        ) from None
 
 
 def ranks_from_environment(environment: dict[str, str] | None = None) -> Ranks:
@@ -63,7 +65,9 @@ def ranks_from_environment(environment: dict[str, str] | None = None) -> Ranks:
         return Ranks(0, 1, 0)
     missing = [name for name in names[:2] if name not in env]
     if missing:
-        raise ConfigError(f"environment: {missing[0]} is not set beside {names[0]}/{names[1]}; start by deepspeed, torchrun or srun")
+        raise ConfigError(
+            f"environment: {missing[0]} is not set beside {names[0]}/{names[1]}; start by deepspeed, torchrun or srun"
+        )
     rank, world_size = _integer(names[0], env[names[0]]), _integer(names[1], env[names[1]])
     if not 0 <= rank < world_size:
         raise ConfigError(f"environment: rank {rank} of {world_size} ranks, expected 0 to {world_size - 1}")

@@ -1,6 +1,6 @@
 """`pretrain`: the main job. Prepare if asked to, train, evaluate, export, sum up.
 
-    deepspeed --num_gpus 8 -m sparselt_dist.pretrain --config base run.name=first
+deepspeed --num_gpus 8 -m sparselt_dist.pretrain --config base run.name=first
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from sparselt_dist import cli, extensions, rank_report
 from sparselt_dist.config_loading import dump, list_profiles, load_config
 from sparselt_dist.distributed import StopFlag, ranks_from_environment
 from sparselt_dist.errors import SparseltError
+from sparselt_dist.follower import resolve_store_uri
 from sparselt_dist.objectives.base import available
 from sparselt_dist.run_plan import make_plan
 
@@ -28,11 +29,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_config_arguments(parser)
     parser.add_argument("--resume", default="auto", metavar="auto|never|must|PATH", help="continue which checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, take two steps, evaluate, save and export, then remove the run folder")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take two steps, evaluate, save and export, then remove the run folder",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--list-objectives", action="store_true", help="print the objectives and stop")
     parser.add_argument("--list-profiles", action="store_true", help="print the shipped profiles and stop")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # put there by DeepSpeed's launcher
+    parser.add_argument(
+        "--local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # put there by DeepSpeed's launcher
     return parser
 
 
@@ -71,7 +78,10 @@ def _run(args: argparse.Namespace, started: float) -> int:
         if args.print_config:
             print(dump(config), end="")
             return 0
-        make_plan(config, ranks.world_size)  # its faults show before anything heavy is imported
+        # Faults of these show before anything heavy is imported.
+        make_plan(config, ranks.world_size)
+        if config.log.mlflow_uri is not None:
+            resolve_store_uri(config.log.mlflow_uri)
     except SparseltError:
         if ranks.is_main:
             raise

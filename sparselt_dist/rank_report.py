@@ -30,7 +30,7 @@ class Reports:
 def announce() -> None:
     """Say that this rank's signal handlers are in place.
 
-    Before this the `deepspeed` command holds signals back, and `slurm/pretrain.sh` starts ranks with the notice blocked.
+    Until then the `deepspeed` command holds signals back, and under `slurm/pretrain.sh` the notice is blocked.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     _write("ready", os.getpid())

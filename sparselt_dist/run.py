@@ -7,9 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -18,91 +17,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from sparselt_dist import checkpoint, distributed, engine_state, run_folder
 from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
-from sparselt_dist.config_loading import dump
 from sparselt_dist.data.loader import Loader
-from sparselt_dist.data.shards import ShardFolder
-from sparselt_dist.data.tokenizer import check_tokenizer, tokenizer_info
-from sparselt_dist.errors import CheckpointError, DataError
+from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.journal import Journal
 from sparselt_dist.metrics import ConsoleProgress, TimeLedger, flops_per_token, peak_flops, peak_memory_gib
 from sparselt_dist.models.assembly import build_collator, build_model
 from sparselt_dist.optim import build_optimizer
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
-from sparselt_dist.trainer import Progress, Trainer
+from sparselt_dist.run_start import Data, Start, find_start, open_data, write_start
+from sparselt_dist.trainer import Outcome, Trainer
 
 if TYPE_CHECKING:
     from sparselt_dist.models.backbone import Backbone, PretrainingModel
-    from sparselt_dist.objectives.base import TokenizerInfo
-
-Outcome = Literal["finished", "stopped", "failed"]
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
-
-
-@dataclass(frozen=True)
-class Data:
-    """The shards of a run."""
-
-    train: ShardFolder
-    validation: ShardFolder | None
-    tokenizer: TokenizerInfo
-
-
-@dataclass
-class Start:
-    """Where this start of a run begins."""
-
-    checkpoint: Path | None
-    progress: Progress
-    ledger_seconds: dict[str, float]
-
-
-def open_data(config: Config, ranks: distributed.Ranks) -> Data:
-    """Open the shard folders; rank 0 first prepares them where `data.train` is null."""
-    train, validation = config.data.train, config.data.validation
-    if train is None:
-        train, validation = distributed.on_main(ranks, lambda: _prepared(config))
-    return distributed.agreed(ranks, lambda: _opened(train, validation))
-
-
-def _opened(train: str, validation: str | None) -> Data:
-    folder = ShardFolder(train)
-    check_tokenizer(folder.path)
-    held_out = ShardFolder(validation) if validation is not None else None
-    if held_out is not None and held_out.manifest.tokenizer_sha256 != folder.manifest.tokenizer_sha256:
-        raise DataError(
-            f"data.validation: {validation} was tokenized otherwise than data.train {train}; prepare both together"
-        )
-    return Data(folder, held_out, tokenizer_info(folder.path))
-
-
-def _prepared(config: Config) -> tuple[str, str | None]:
-    from sparselt_dist.data.preparation import prepare
-
-    report = prepare(config)
-    return str(report.train_dir), None if report.validation_dir is None else str(report.validation_dir)
-
-
-def find_start(config: Config, data: Data, plan: RunPlan, ranks: distributed.Ranks, resume: str, console: ConsoleProgress) -> Start:
-    """The checkpoint to continue and its progress; refuses one of other data or another objective."""
-    run_dir = Path(plan.output_dir)
-    found = distributed.on_main(ranks, lambda: run_folder.find_start(run_dir, resume, console.message))
-    if found is None:
-        return Start(None, Progress(), {})
-    meta = checkpoint.read_meta(found)
-    expected = {
-        "objective": config.objective.name,
-        "data_manifest_sha256": data.train.manifest.sha256,
-        "seed": config.run.seed,
-    }
-    for key, ours in expected.items():
-        if meta[key] != ours:
-            raise CheckpointError(
-                f"checkpoint {found}: {key} was {meta[key]}, this run has {ours}; "
-                "continue with the same, choose another run.output_dir, or --resume never"
-            )
-    console.message(f"continuing from {found} at step {meta['step']}")
-    return Start(found, Progress(**meta["progress"]), meta["ledger_seconds"])
 
 
 def build_engine(config: Config, plan: RunPlan, data: Data, start: Start, ranks: distributed.Ranks) -> DeepSpeedEngine:
@@ -155,8 +83,8 @@ def _flop_rate(config: Config, backbone: Backbone, engine: DeepSpeedEngine, worl
     hf = backbone.config
     embeddings = sum(p.numel() for p in backbone.get_input_embeddings().parameters())
     total = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
-    length = float(config.data.sequence_length or getattr(hf, "max_position_embeddings", 512))
-    probability = float(config.objective.own_keys().get("mlm_probability", 0.15))
+    length = float(config.data.sequence_length or 512)
+    probability = 1.0 if backbone.is_causal else float(str(config.objective.own_keys().get("mlm_probability", 0.15)))
     cost = flops_per_token(
         num_backbone_parameters=max(total - embeddings, 0),
         num_layers=int(hf.num_hidden_layers),
@@ -232,6 +160,11 @@ class Run:
         memory = torch.tensor([peak_memory_gib()], dtype=torch.float64, device=self.engine.device)
         self.peak_memory_gib = float(distributed.reduce_sum(memory))
         return outcome
+
+    def close(self) -> None:
+        """Flush and close the journal."""
+        if self.journal is not None:
+            self.journal.close()
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` tells of a run besides its status."""
@@ -327,37 +260,16 @@ class Run:
         export_checkpoint(newest, self.dir / "model")
 
     def _log_last(self, line: dict[str, Any]) -> None:
-        """Each step stands once: a line that an earlier start wrote for this step gives way to the completed one."""
+        """Complete the last step's line, which an earlier start may have written already."""
         assert self.journal is not None
         earlier = [old for old in Journal.read(self.dir) if old["step"] == line["step"]]
-        if earlier:
-            self.journal.cut_back(line["step"] - 1)
-        self.trainer.log({**(earlier[-1] if earlier else {}), **line})
-
-
-def _write_start(run_dir: Path, config: Config, plan: RunPlan, data: Data, ranks: distributed.Ranks, start: Start, profile: str, device: str) -> None:
-    """The run folder's files of a start, and the journal cut back to the step continued from."""
-    resolved = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": plan.output_dir})})
-    (run_dir / "config.resolved.yaml").write_text(dump(resolved))
-    run_folder.write_json(run_dir / "ds_config.resolved.json", resolve_deepspeed(config, plan))
-    manifest_hash = data.train.manifest.sha256
-    run_folder.write_json(
-        run_dir / "environment.json", run_folder.environment(profile, manifest_hash, ranks.world_size, device)
-    )
-    run_folder.run_id(run_dir)
-    run_folder.copy_tokenizer(data.train.path, run_dir)
-    journal = Journal(run_dir)
-    journal.cut_back(start.progress.step)
-    journal.close()
-    (run_dir / "summary.json").unlink(missing_ok=True)
+        self.trainer.log({**(earlier[-1] if earlier else {}), **line})  # the journal joins lines of one step
 
 
 def _start_follower(config: Config, run_dir: Path, ranks: distributed.Ranks) -> subprocess.Popen[bytes] | None:
     """Rank 0's side process that feeds MLflow from the journal."""
     if not ranks.is_main or config.log.mlflow_uri is None:
         return None
-    from sparselt_dist.follower import start_follower
-
     return start_follower(run_dir, config.log.mlflow_uri, os.getpid())
 
 
@@ -367,10 +279,9 @@ def _close(
     """Write the summary, which tells the follower to end, wait for it, and say how it went."""
     if not ranks.is_main:
         return
-    from sparselt_dist.follower import mlflow_identity, wait_follower
-
     summary = {"status": status, "mlflow_run_id": mlflow_identity(run_dir) if follower is not None else None}
     if run is not None:
+        run.close()
         summary.update(run.summary())
     run_folder.write_json(run_dir / "summary.json", summary)
     complaint = wait_follower(follower, run_dir, timeout_seconds=FOLLOWER_SECONDS) if follower is not None else ""
@@ -403,7 +314,7 @@ def pretrain(
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
     ledger.restore(start.ledger_seconds)
-    distributed.on_main(ranks, lambda: _write_start(run_dir, config, plan, data, ranks, start, profile, str(device)))
+    distributed.on_main(ranks, lambda: write_start(run_dir, config, plan, data, ranks, start, profile, str(device)))
     follower = _start_follower(config, run_dir, ranks)
     status: Outcome = "failed"
     run: Run | None = None
@@ -419,7 +330,9 @@ def pretrain(
     return status
 
 
-def dry_run(config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag, *, profile: str, started: float) -> Outcome:
+def dry_run(
+    config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag, *, profile: str, started: float
+) -> Outcome:
     """Everything a run does, for two steps, in a folder that is removed after: the shards it needs are prepared and kept."""
     folder = os.path.join(tempfile.gettempdir(), f"sparselt-dry-run-{os.environ.get('MASTER_PORT', os.getpid())}")
     short = config.model_copy(

@@ -22,7 +22,17 @@ from sparselt_dist.errors import CheckpointError
 from sparselt_dist.metrics import replace_file
 
 RESUME_CHOICES = ("auto", "never", "must")
-_RECORDED = ("sparselt_dist", "torch", "deepspeed", "transformers", "tokenizers", "webdataset", "datasets", "mlflow", "numpy")
+_RECORDED = (
+    "sparselt_dist",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "webdataset",
+    "datasets",
+    "mlflow",
+    "numpy",
+)
 
 
 def find_start(run_dir: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
@@ -43,11 +53,15 @@ def find_start(run_dir: Path, resume: str, warn: Callable[[str], None]) -> Path 
     if resume == "must":
         found = checkpoint.newest_intact(run_dir, warn)
         if found is None:
-            raise CheckpointError(f"{run_dir}: found no complete checkpoint, and --resume must asks for one; use --resume auto")
+            raise CheckpointError(
+                f"{run_dir}: found no complete checkpoint, and --resume must asks for one; use --resume auto"
+            )
         return found
     path = Path(resume)
     if not path.exists():
-        raise CheckpointError(f"--resume {resume}: no such folder; expected {'|'.join(RESUME_CHOICES)} or a checkpoint's path")
+        raise CheckpointError(
+            f"--resume {resume}: no such folder; expected {'|'.join(RESUME_CHOICES)} or a checkpoint's path"
+        )
     chosen = checkpoint.find(path)
     checkpoint.verify(chosen)
     return chosen
@@ -61,7 +75,9 @@ def _move_aside(run_dir: Path, warn: Callable[[str], None]) -> None:
     try:
         run_dir.rename(aside)
     except OSError as error:
-        raise CheckpointError(f"{run_dir}: the earlier run cannot be moved aside ({error}); choose another run.output_dir") from None
+        raise CheckpointError(
+            f"{run_dir}: the earlier run cannot be moved aside ({error}); choose another run.output_dir"
+        ) from None
     warn(f"the earlier run in {run_dir} is kept as {aside}")
 
 
@@ -72,7 +88,9 @@ def _make_writable(run_dir: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"run.output_dir: {run_dir} cannot be written ({error.strerror or error}); choose another folder") from None
+        raise CheckpointError(
+            f"run.output_dir: {run_dir} cannot be written ({error.strerror or error}); choose another folder"
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -118,8 +136,12 @@ def _git_commit() -> str | None:
     """The commit of the working copy the package is imported from, with `+` if it was changed; None outside one."""
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        changed = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, timeout=10, check=False)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        changed = subprocess.run(
+            ["git", "diff", "--quiet", "HEAD"], cwd=here, capture_output=True, timeout=10, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+" if changed.returncode == 1 else "")

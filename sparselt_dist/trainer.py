@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from sparselt_dist.metrics import TimeLedger, peak_memory_gib
 if TYPE_CHECKING:
     from sparselt_dist.data.shards import ShardFolder
     from sparselt_dist.objectives.base import Collator, LossOutput
+
+Outcome = Literal["finished", "stopped", "failed"]
 
 _LANES = 4  # a 64-bit digest travels as 16-bit lanes, whose sums are exact in float64
 
@@ -132,7 +134,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- the loop
 
-    def run(self) -> str:
+    def run(self) -> Outcome:
         """Train; returns "finished" (budget spent) or "stopped" (asked for, checkpoint committed)."""
         started = self.clock() - self.progress.seconds
         micro_batches = iter(self.loader)

@@ -68,14 +68,13 @@ def collect_documents(context: Context, items: list[Item]) -> Collected:
         DataError: a source cannot be read, or nothing is left.
     """
     context.progress.start("reading")
-    log = WorkLog(context.work / "collect.log")
     collected = Collected()
-    for record in log.records:
-        collected.apply(record)
-    if not collected.complete:
-        _collect_rest(context, items, log, collected)
-        log.append({"complete": True})
-    log.close()
+    with WorkLog(context.work / "collect.log") as log:
+        for record in log.records:
+            collected.apply(record)
+        if not collected.complete:
+            _collect_rest(context, items, log, collected)
+            log.append({"complete": True})
     counts = collected.counts
     if not counts["kept"]:
         raise DataError(
@@ -90,7 +89,6 @@ def _collect_rest(context: Context, items: list[Item], log: WorkLog, collected: 
     prepare = context.config.prepare
     rules = CleaningRules(prepare.normalize, prepare.min_characters, prepare.max_characters)
     seen = _seen_before(context.documents, collected.end) if prepare.deduplicate_exact else None
-    data = DataFile(context.documents, collected.end)
     reader = Reader(items, collected.item, collected.document)
     read_ahead: deque[_RawBatch] = deque()
 
@@ -99,17 +97,17 @@ def _collect_rest(context: Context, items: list[Item], log: WorkLog, collected: 
             read_ahead.append(batch)
             yield batch.documents
 
-    for cleaned in context.workers.map(functools.partial(clean_batch, rules), jobs()):
-        batch = read_ahead.popleft()
-        keep = seen.add(cleaned.exact_hashes) if seen is not None else np.ones(len(cleaned.records), dtype=bool)
-        stored = b"".join(record for record, kept in zip(cleaned.records, keep, strict=True) if kept)
-        data.append(stored)
-        record = _batch_record(batch, cleaned, keep, len(stored))
-        log.append(record)
-        collected.apply(record)
-        counts = collected.counts
-        context.progress.update(reader.fraction, f"{counts['read']:,} documents, {data.size / 1e6:,.1f} MB kept")
-    data.close()
+    with DataFile(context.documents, collected.end) as data:
+        for cleaned in context.workers.map(functools.partial(clean_batch, rules), jobs()):
+            batch = read_ahead.popleft()
+            keep = seen.add(cleaned.exact_hashes) if seen is not None else np.ones(len(cleaned.records), dtype=bool)
+            stored = b"".join(record for record, kept in zip(cleaned.records, keep, strict=True) if kept)
+            data.append(stored)
+            record = _batch_record(batch, cleaned, keep, len(stored))
+            log.append(record)
+            collected.apply(record)
+            read = collected.counts["read"]
+            context.progress.update(reader.fraction, f"{read:,} documents, {data.size / 1e6:,.1f} MB kept")
 
 
 def _seen_before(documents: Path, end: int) -> HashSet:

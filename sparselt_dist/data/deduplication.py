@@ -2,8 +2,8 @@
 
 Three of datatrove's blocks are used as they are (signatures, buckets, clusters), with its defaults: word 5-grams, 14
 buckets of 8 hashes, so two documents that share 0.8 of their 5-grams meet with probability 0.92. Its readers and
-writers are not needed, and its English word splitter would ask for spaCy; after datatrove's own simplification (lower
-case, no punctuation) splitting at spaces gives the same words.
+writers are not needed. Its English word splitter would ask for spaCy; after datatrove's own simplification (lower
+case, no punctuation) splitting at spaces gives the same words. Its default xxhash fails with xxhash 4, hence SHA-1.
 
 One document of each cluster stays. Signatures lie on disk; memory holds one chunk's, and the duplicates found.
 """
@@ -48,6 +48,13 @@ def _datatrove() -> Any:
     return minhash
 
 
+def _minhash_config() -> Any:
+    minhash = _datatrove()
+    from datatrove.utils.hashing import HashConfig
+
+    return minhash.MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
+
+
 def _word_splitter() -> Any:
     from datatrove.utils.word_tokenizers import WordTokenizer
 
@@ -69,7 +76,7 @@ def write_signatures(documents: Path, folder: Path, chunk: Chunk) -> int:
     minhash = _datatrove()
     from datatrove.data import Document
 
-    block = minhash.MinhashDedupSignature(str(folder / "signatures"), language=_word_splitter())
+    block = minhash.MinhashDedupSignature(str(folder / "signatures"), _minhash_config(), language=_word_splitter())
     records = enumerate(parse_records(chunk.read(documents)))
     block.run((Document(text=record.text, id=str(number)) for number, record in records), rank=chunk.number)
     return chunk.number
@@ -78,22 +85,22 @@ def write_signatures(documents: Path, folder: Path, chunk: Chunk) -> int:
 def find_duplicates(folder: Path, bucket: int) -> int:
     """Find the pairs of documents that agree in one bucket; returns its number."""
     minhash = _datatrove()
-    minhash.MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs")).run(
-        rank=bucket, world_size=num_buckets()
-    )
+    block = minhash.MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), config=_minhash_config())
+    block.run(rank=bucket, world_size=num_buckets())
     return bucket
 
 
 def num_buckets() -> int:
     """Buckets of the configuration, each a job of its own."""
-    return int(_datatrove().MinhashConfig().num_buckets)
+    return int(_minhash_config().num_buckets)
 
 
 def cluster_duplicates(folder: Path) -> None:
     """Join pairs to clusters and write, for each chunk, which documents go."""
     minhash = _datatrove()
     with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar would cross ours
-        minhash.MinhashDedupCluster(str(folder / "pairs"), str(folder / "remove")).run(world_size=1)
+        block = minhash.MinhashDedupCluster(str(folder / "pairs"), str(folder / "remove"), _minhash_config())
+        block.run(world_size=1)
 
 
 def removed_documents(folder: Path, chunk: int) -> frozenset[int]:

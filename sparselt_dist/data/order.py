@@ -75,7 +75,7 @@ class _Epoch(NamedTuple):
 
 
 class SampleOrder:
-    """The order of an endless stream over shards of the given sizes."""
+    """The order of an endless stream over shards of the given sizes; window 0 keeps the order in which they are stored."""
 
     def __init__(self, shard_samples: Sequence[int], seed: int, window: int) -> None:
         self._sizes = np.asarray(shard_samples, dtype=np.int64)
@@ -91,6 +91,8 @@ class SampleOrder:
         """Epochs and global sample numbers, both int64, at positions [n] of the stream; any n, any order."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, within = np.divmod(positions, self.epoch_samples)
+        if self._window == 0:
+            return epochs, within
         samples = np.empty_like(within)
         for epoch in np.unique(epochs):
             here = epochs == epoch

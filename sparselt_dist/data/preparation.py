@@ -39,6 +39,7 @@ from sparselt_dist.data.workspace import Workers, locked
 from sparselt_dist.errors import DataError, SparseltError
 
 WORK = ".work"
+FAILED = "failed"  # in the work folder: the last start ended with an error that the user has to mend
 NOT_IN_IDENTITY = {"output_dir", "num_workers"}  # they do not change what is in the shards
 
 
@@ -84,12 +85,15 @@ def prepare(config: Config, progress: bool = True) -> PrepareReport:
     try:
         work.mkdir(parents=True, exist_ok=True)
         with locked(work):
-            _check_work(work, {"prepare": wanted, "source": fingerprint(items)})
+            _open_work(work, {"prepare": wanted, "source": fingerprint(items)})
             workers = Workers(config.prepare.num_workers or os.cpu_count() or 1)
             with workers, StageProgress(progress) as bar:
                 context = Context(config, work, workers, bar)
                 collected, tokenized = _run_stages(context, items, folders, wanted)
         shutil.rmtree(work)
+    except SparseltError:
+        (work / FAILED).touch()
+        raise
     except OSError as cause:
         raise DataError(
             f"prepare.output_dir: {cause.filename or output}: cannot be written: {cause.strerror or cause}; "
@@ -113,6 +117,8 @@ def _run_stages(
     held_out = held_out_below(collected, context.config.prepare.validation_fraction)
     stages.make_tokenizer(context, collected, near, held_out)
     tokenized = stages.tokenize_documents(context, collected, near, held_out)
+    for split in folders:
+        stages.check_enough(context, tokenized, split)
     entries = {split: stages.write_split(context, tokenized, split, folder) for split, folder in folders.items()}
     source = fingerprint(items)
     for split in reversed(folders):  # train last: its manifest says that all is there
@@ -174,13 +180,17 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[Path, Manifest]:
     return found
 
 
-def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    if keys:
-        differences = ", ".join(f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here" for key in keys)
+    return ", ".join(f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here" for key in keys)
+
+
+def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differences = _differences(found, wanted)
+    if differences:
         raise DataError(
-            f"prepare.output_dir: {folder}: holds shards of another preparation: {differences}; nothing was "
-            "overwritten: choose another prepare.output_dir, or remove the folder"
+            f"prepare.output_dir: {folder}: holds shards of another preparation: {differences}; nothing was overwritten: "
+            "choose another prepare.output_dir, or remove the folder"
         )
 
 
@@ -197,19 +207,42 @@ def _check_unchanged(config: Config, manifest: Manifest) -> None:
         )
 
 
-def _check_work(work: Path, wanted: dict[str, Any]) -> None:
-    """Continue work of the same configuration and source only."""
+def _open_work(work: Path, wanted: dict[str, Any]) -> None:
+    """Continue work of the same configuration and source, or begin it.
+
+    Work for something else is discarded if it ended with an error, for the change is then the remedy. If it was killed
+    it is refused, for it may have taken hours.
+    """
     path = work / "config.json"
+    found = json.loads(path.read_bytes()) if path.exists() else None
+    if found is not None and found != wanted:
+        if not (work / FAILED).exists():
+            raise DataError(_other_work(work, found, wanted))
+        _discard(work)
+    (work / FAILED).unlink(missing_ok=True)
     if not path.exists():
         write_atomically(path, json.dumps(wanted).encode())
-        return
-    found = json.loads(path.read_bytes())
-    _refuse_other(work.parent, found["prepare"], wanted["prepare"])
-    if found["source"] != wanted["source"]:
-        raise DataError(
-            f"prepare.source: the files have changed since the unfinished preparation in {work} read them; "
-            "remove that folder to begin anew"
-        )
+
+
+def _other_work(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    differences = _differences(found["prepare"], wanted["prepare"]) or "the source files have changed"
+    return (
+        f"prepare.output_dir: {work.parent}: holds an unfinished preparation of something else: {differences}; finish that "
+        f"one, choose another prepare.output_dir, or remove {work} to begin anew"
+    )
+
+
+def _discard(work: Path) -> None:
+    """Remove unfinished work and the shards it may have written; a folder with a manifest is not touched."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+    for folder in (work.parent, *(work.parent / split for split in SPLITS)):
+        if not (folder / MANIFEST).exists():
+            for path in folder.glob("shard-*"):
+                path.unlink()
 
 
 # --- the account -----------------------------------------------------------------------------------------------------

@@ -58,15 +58,11 @@ class Item:
     text_key: str
     bytes: int  # on disk; 0 where unknown
 
-    @property
-    def fingerprint(self) -> str:
-        """Name and size: what must be unchanged for finished work to stay valid."""
-        return f"{self.kind}:{self.location}:{self.bytes}"
-
 
 def fingerprint(items: Sequence[Item]) -> str:
-    """A hash of all items' names and sizes."""
-    return hashlib.sha256("\n".join(item.fingerprint for item in items).encode()).hexdigest()
+    """A hash of all items' names and sizes: what must be unchanged for shards made of them to stay valid."""
+    lines = (f"{item.kind}:{item.location}:{item.bytes}" for item in items)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # --- which items -----------------------------------------------------------------------------------------------------

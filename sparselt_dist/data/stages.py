@@ -14,6 +14,7 @@ Memory is bounded: some batches of text a worker, 8 bytes a document for exact d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections import Counter
@@ -60,7 +61,12 @@ def remove_near_duplicates(context: Context, collected: Collected) -> Path | Non
     if not context.config.prepare.deduplicate_near:
         return None
     context.progress.start("near duplicates")
-    log = WorkLog(context.work / "near.log")
+    with WorkLog(context.work / "near.log") as log:
+        _find_near_duplicates(context, collected, log)
+    return context.near
+
+
+def _find_near_duplicates(context: Context, collected: Collected, log: WorkLog) -> None:
     done = {kind: sum(kind in record for record in log.records) for kind in ("signatures", "bucket", "clusters")}
     total = len(collected.chunks) + deduplication.num_buckets()
     signatures = functools.partial(deduplication.write_signatures, context.documents, context.near)
@@ -75,8 +81,6 @@ def remove_near_duplicates(context: Context, collected: Collected) -> Path | Non
         shutil.rmtree(context.near / "remove", ignore_errors=True)
         deduplication.cluster_duplicates(context.near)
         log.append({"clusters": True})
-    log.close()
-    return context.near
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -161,31 +165,13 @@ def tokenize_documents(context: Context, collected: Collected, near: Path | None
     """
     context.progress.start("tokenizing")
     dtype = id_dtype(tokenizer_info(context.tokenizer).vocab_size)
-    log = WorkLog(context.work / "tokenize.log")
-    result = Tokenized(dtype)
-    for line in log.records:
-        result.apply(line)
     limit = context.config.prepare.max_tokens_per_character
     rules = TokenizeRules(context.documents, context.tokenizer, near, limit, held_out, context.kind, dtype)
-    itemsize = np.dtype(dtype).itemsize
-    files = {split: DataFile(context.work / f"{split}.ids", result.splits[split].ids * itemsize) for split in SPLITS}
-    lengths = {split: DataFile(context.work / f"{split}.lengths", result.splits[split].samples * 4) for split in SPLITS}
-    chunks = collected.chunks[len(log.records) :]
-    encoded = context.workers.map(functools.partial(tokenize_chunk, rules), iter(chunks))
-    for chunk, ids in zip(chunks, encoded, strict=True):
-        record: dict[str, Any] = {"near_duplicates": ids.near_duplicates, "incompressible": ids.incompressible}
-        for split, part in ids.splits.items():
-            files[split].append(part.ids)
-            lengths[split].append(part.lengths)
-            counts = {key: value for key, value in vars(part).items() if key not in ("ids", "lengths")}
-            record[split] = counts | {"ids": len(part.ids) // itemsize, "samples": len(part.lengths) // 4}
-        log.append(record)
-        result.apply(record)
-        tokens = sum(totals.ids for totals in result.splits.values())
-        context.progress.update((chunk.start + chunk.size) / collected.end, f"{tokens:,} tokens")
-    log.close()
-    for file in (*files.values(), *lengths.values()):
-        file.close()
+    result = Tokenized(dtype)
+    with WorkLog(context.work / "tokenize.log") as log:
+        for line in log.records:
+            result.apply(line)
+        _tokenize_rest(context, collected, rules, log, result)
     if not any(totals.samples for totals in result.splits.values()):
         raise DataError(
             f"prepare.max_tokens_per_character: {limit} leaves none of {result.incompressible} documents; raise it, "
@@ -194,36 +180,67 @@ def tokenize_documents(context: Context, collected: Collected, near: Path | None
     return result
 
 
+def _tokenize_rest(
+    context: Context, collected: Collected, rules: TokenizeRules, log: WorkLog, result: Tokenized
+) -> None:
+    itemsize = np.dtype(result.dtype).itemsize
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for split in SPLITS:
+            totals = result.splits[split]
+            files[split] = (
+                stack.enter_context(DataFile(context.work / f"{split}.ids", totals.ids * itemsize)),
+                stack.enter_context(DataFile(context.work / f"{split}.lengths", totals.samples * 4)),
+            )
+        chunks = collected.chunks[len(log.records) :]
+        encoded = context.workers.map(functools.partial(tokenize_chunk, rules), iter(chunks))
+        for chunk, ids in zip(chunks, encoded, strict=True):
+            record: dict[str, Any] = {"near_duplicates": ids.near_duplicates, "incompressible": ids.incompressible}
+            for split, part in ids.splits.items():
+                for file, data in zip(files[split], (part.ids, part.lengths), strict=True):
+                    file.append(data)
+                counts = {key: value for key, value in vars(part).items() if key not in ("ids", "lengths")}
+                record[split] = counts | {"ids": len(part.ids) // itemsize, "samples": len(part.lengths) // 4}
+            log.append(record)
+            result.apply(record)
+            tokens = sum(totals.ids for totals in result.splits.values())
+            context.progress.update((chunk.start + chunk.size) / collected.end, f"{tokens:,} tokens")
+
+
 # --- shards ----------------------------------------------------------------------------------------------------------
+
+
+def check_enough(context: Context, tokenized: Tokenized, split: Split) -> None:
+    """Refuse a split without a single sample, before any shard is written."""
+    totals = tokenized.splits[split]
+    if (totals.ids // context.row_length if context.row_length else totals.samples) == 0:
+        raise DataError(_too_little(context, tokenized, split))
 
 
 def write_split(context: Context, tokenized: Tokenized, split: Split, folder: Path) -> list[ShardEntry]:
     """Write the shards of one split, in parallel.
 
     Raises:
-        DataError: the split has not enough text for one sample, or the order needs a token that is missing.
+        DataError: the order needs a token that is missing.
     """
     context.progress.start(f"{split} shards")
     prepare = context.config.prepare
     ids, lengths = context.work / f"{split}.ids", context.work / f"{split}.lengths"
     file = IdFile.open(ids, lengths, tokenized.dtype, context.row_length)
-    if file.num_samples == 0:
-        raise DataError(_too_little(context, tokenized, split))
     full_stop = load_for_text(context.tokenizer).token_to_id(".") if prepare.order == "sentence-length" else None
     if prepare.order == "sentence-length" and full_stop is None:
         raise DataError(
             'prepare.order: sentence-length needs a token "." and the tokenizer has none; choose shuffle or source'
         )
-    log = WorkLog(context.work / f"shards-{split}.log")
-    entries = [ShardEntry(**record) for record in log.records]
-    jobs = shard_jobs(file, sample_order(file, prepare.order, full_stop), prepare.samples_per_shard, len(entries))
+    order = sample_order(file, prepare.order, full_stop)
     write = functools.partial(write_shard, file.ids, folder, context.kind, tokenized.dtype)
-    for entry in context.workers.map(write, jobs):
-        log.append(asdict(entry))
-        entries.append(entry)
-        done = sum(entry.samples for entry in entries)
-        context.progress.update(done / file.num_samples, f"{len(entries)} shards, {done:,} samples")
-    log.close()
+    with WorkLog(context.work / f"shards-{split}.log") as log:
+        entries = [ShardEntry(**record) for record in log.records]
+        for entry in context.workers.map(write, shard_jobs(file, order, prepare.samples_per_shard, len(entries))):
+            log.append(asdict(entry))
+            entries.append(entry)
+            done = sum(entry.samples for entry in entries)
+            context.progress.update(done / file.num_samples, f"{len(entries)} shards, {done:,} samples")
     return entries
 
 

@@ -149,9 +149,7 @@ def _special_tokens(crammed: bool) -> dict[str, str]:
     return CRAMMED_SPECIAL_TOKENS if crammed else SPECIAL_TOKENS
 
 
-def _untrained(
-    kind: TokenizerKind, vocab_size: int, crammed: bool, alphabet: list[str]
-) -> tuple[Tokenizer, Any]:
+def _untrained(kind: TokenizerKind, vocab_size: int, crammed: bool, alphabet: list[str]) -> tuple[Tokenizer, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     specials = _special_tokens(crammed)

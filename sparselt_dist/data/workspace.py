@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from sparselt_dist.errors import DataError
 
@@ -28,8 +28,32 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class WorkLog:
-    """An append-only file of JSON lines; each line is on disk before `append` returns."""
+class _AppendOnly:
+    """A file that only grows; what lies beyond the committed size is cut off at opening."""
+
+    def __init__(self, path: Path, committed: int) -> None:
+        self._file = path.open("ab")
+        self._file.truncate(committed)
+        self.size = committed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        """Write and flush to disk."""
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.size += len(data)
+
+
+class WorkLog(_AppendOnly):
+    """A file of JSON lines; each is on disk before `append` returns."""
 
     def __init__(self, path: Path) -> None:
         self.records: list[dict[str, Any]] = []
@@ -40,36 +64,18 @@ class WorkLog:
                     break
                 self.records.append(json.loads(line))
                 valid += len(line)
-        self._file = path.open("ab")
-        self._file.truncate(valid)
+        super().__init__(path, valid)
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write(json.dumps(record).encode() + b"\n")
         self.records.append(record)
 
-    def close(self) -> None:
-        self._file.close()
 
-
-class DataFile:
-    """A file that only grows; opened at the size that its log has committed."""
-
-    def __init__(self, path: Path, committed: int) -> None:
-        self._file = path.open("ab")
-        self._file.truncate(committed)
-        self.size = committed
+class DataFile(_AppendOnly):
+    """Data whose committed size a log knows."""
 
     def append(self, data: bytes) -> None:
-        """Write and flush to disk."""
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.size += len(data)
-
-    def close(self) -> None:
-        self._file.close()
+        self._write(data)
 
 
 @contextlib.contextmanager

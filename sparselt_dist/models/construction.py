@@ -46,6 +46,9 @@ _LIKE_ROBERTA = "camembert data2vec-text esm ibert longformer luke mpnet roberta
 POSITIONS_AFTER_PADDING = frozenset([*_LIKE_ROBERTA.split(), "xlm-roberta-xl"])
 # Rows that a checkpoint's table may have beyond the tokenizer, for tables are padded to round sizes.
 SPARE_ROWS = 512
+# Accepted by the constructors, which turn them into other fields.
+_CONSTRUCTOR_ONLY = frozenset({"num_labels", "attn_implementation"})
+_ROTARY_SHORTHANDS = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 # Bookkeeping of transformers, not fields of an architecture.
 _BOOKKEEPING = "model_type transformers_version architectures _name_or_path name_or_path auto_map dtype"
 _NOT_FIELDS = frozenset(_BOOKKEEPING.split())
@@ -150,7 +153,9 @@ def _known_fields(given: dict[str, Any], standard: PretrainedConfig) -> dict[str
     Raises:
         ConfigError: names the architecture does not have, each with the nearest that it has.
     """
-    names = (set(standard.to_dict()) | set(standard.attribute_map) | {"num_labels"}) - _NOT_FIELDS
+    names = (set(standard.to_dict()) | set(standard.attribute_map) | _CONSTRUCTOR_ONLY) - _NOT_FIELDS
+    if hasattr(standard, "rope_parameters"):
+        names |= _ROTARY_SHORTHANDS
     faults = [
         f"model.config.{name}: found a field that {standard.model_type} does not have, expected one of "
         f"{type(standard).__name__}{_nearest(name, names)}"

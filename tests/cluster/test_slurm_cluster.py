@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing_programs()), reason=f"needs Slurm and munge; missing: {missing_programs()}"),
 ]
 
-# Like `python -m sparselt_dist.pretrain`: on a stop signal it leaves a checkpoint and 75; with a checkpoint it finishes.
+# Mimics `python -m sparselt_dist.pretrain`: a stop signal leaves a checkpoint and 75; with a checkpoint it finishes.
 TRAINER = """\
 import os, signal, sys, time
 from pathlib import Path

@@ -89,7 +89,9 @@ def pretrain_arguments(shards: Path, folder: Path, *overrides: str) -> list[str]
     ]
 
 
-def run_ranks(ranks: int, shards: Path, folder: Path, *overrides: str, flags: tuple[str, ...] = (), timeout: float = 240) -> Finished:
+def run_ranks(
+    ranks: int, shards: Path, folder: Path, *overrides: str, flags: tuple[str, ...] = (), timeout: float = 240
+) -> Finished:
     """Start `ranks` processes of pretrain as a launcher would, and wait for all of them."""
     command = [sys.executable, "-m", "sparselt_dist.pretrain", *flags, *pretrain_arguments(shards, folder, *overrides)]
     port = free_port()

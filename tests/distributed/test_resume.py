@@ -13,7 +13,12 @@ from sparselt_dist import checkpoint
 
 pytestmark = pytest.mark.distributed
 
-RUN = ("budget.max_steps=6", "checkpoint.every_steps=3", "train.micro_batch_size=2", "model.config.hidden_dropout_prob=0.1")
+RUN = (
+    "budget.max_steps=6",
+    "checkpoint.every_steps=3",
+    "train.micro_batch_size=2",
+    "model.config.hidden_dropout_prob=0.1",
+)
 
 
 def half_of(run: Finished, folder: Path) -> Path:
@@ -48,9 +53,7 @@ def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: 
     plain = RUN[:3]  # dropout is drawn by each rank for itself, so it is left out here
     straight = run_ranks(2, shards, tmp_path / "straight", *plain, "train.zero_stage=1")
     source = straight.folder / "checkpoints" / checkpoint.folder_name(3)
-    other = run_ranks(
-        1, shards, tmp_path / "other", *plain, "train.zero_stage=3", flags=("--resume", str(source))
-    )
+    other = run_ranks(1, shards, tmp_path / "other", *plain, "train.zero_stage=3", flags=("--resume", str(source)))
     assert other.code == 0, other.output
     assert [line["step"] for line in other.journal] == [4, 5, 6]
     for mine, theirs in zip(other.journal, straight.journal[3:], strict=True):

@@ -60,7 +60,12 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("target", "number"),
-    [("command", signal.SIGTERM), ("group", signal.SIGINT), ("one rank", signal.SIGUSR1), ("node launcher", signal.SIGTERM)],
+    [
+        ("command", signal.SIGTERM),
+        ("group", signal.SIGINT),
+        ("one rank", signal.SIGUSR1),
+        ("node launcher", signal.SIGTERM),
+    ],
 )
 def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str, number: signal.Signals) -> None:
     folder = tmp_path / "run"

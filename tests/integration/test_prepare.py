@@ -80,13 +80,17 @@ def test_rows_are_the_documents_end_to_end(corpus: Path, tmp_path: Path) -> None
     statistics = read_manifest(report.train_dir).statistics
     assert statistics["tokens"] == len(stream) and statistics["tokens_dropped"] == len(stream) % 32
     text_bytes = sum(len(text.encode()) for text in _kept(TEXTS[:40]))
-    assert statistics["bytes_per_token"] == pytest.approx(text_bytes / (len(stream) - statistics["documents"]), abs=1e-4)
+    assert statistics["bytes_per_token"] == pytest.approx(
+        text_bytes / (len(stream) - statistics["documents"]), abs=1e-4
+    )
     assert not (tmp_path / "out/.work").exists() and verify(report.train_dir) == []
 
 
 def test_shuffled_rows_are_the_same_rows(corpus: Path, tmp_path: Path) -> None:
     source = [row.tobytes() for row in _ids(_prepare(corpus, tmp_path / "a", prepare__order="source").train_dir)]
-    shuffled = [row.tobytes() for row in _ids(_prepare(corpus, tmp_path / "b", prepare__samples_per_shard=100).train_dir)]
+    shuffled = [
+        row.tobytes() for row in _ids(_prepare(corpus, tmp_path / "b", prepare__samples_per_shard=100).train_dir)
+    ]
     assert sorted(source) == sorted(shuffled) and source != shuffled
     assert len(ShardFolder(tmp_path / "b").shards) == -(-len(source) // 100)
     moved = np.mean([one != other for one, other in zip(source, shuffled, strict=True)])
@@ -126,7 +130,11 @@ def test_each_filter_drops_what_it_should(tmp_path: Path) -> None:
 def test_compressible_documents_are_kept_exactly(corpus: Path, tmp_path: Path) -> None:
     limit = 0.37
     report = _prepare(
-        corpus, tmp_path / "out", prepare__max_tokens_per_character=limit, prepare__packing="documents", prepare__order="source"
+        corpus,
+        tmp_path / "out",
+        prepare__max_tokens_per_character=limit,
+        prepare__packing="documents",
+        prepare__order="source",
     )
     tokenizer = load_for_text(tmp_path / "out/tokenizer")
     texts = _kept(TEXTS[:40])
@@ -160,7 +168,10 @@ def test_the_held_out_split_depends_on_the_text_alone(tmp_path: Path) -> None:
         report = _prepare(_jsonl(tmp_path / "c.jsonl", texts), tmp_path / output, **settings)
         assert report.validation_dir is not None
         tokenizer = load_for_text(report.validation_dir / "tokenizer")
-        every = [{tokenizer.decode(ids.tolist()) for ids in _ids(folder)} for folder in (report.train_dir, report.validation_dir)]
+        every = [
+            {tokenizer.decode(ids.tolist()) for ids in _ids(folder)}
+            for folder in (report.train_dir, report.validation_dir)
+        ]
         assert not every[0] & every[1]
         return {"".join(text.split())[:200] for text in every[1]}
 
@@ -218,7 +229,9 @@ def test_complete_shards_are_reused_and_never_overwritten(corpus: Path, tmp_path
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     again = _prepare(corpus, tmp_path / "out", prepare__num_workers=2, run__seed=5)
     assert again.reused and not first.reused and again.rows == first.rows[: len(again.rows)]
-    with pytest.raises(DataError, match=r"another preparation: min_characters is 200 there and 300 here, vocab_size is 700"):
+    with pytest.raises(
+        DataError, match=r"another preparation: min_characters is 200 there and 300 here, vocab_size is 700"
+    ):
         _prepare(corpus, tmp_path / "out", prepare__min_characters=300, prepare__vocab_size=701)
     with pytest.raises(DataError, match="sequence_length is 32 there and 64 here"):
         _prepare(corpus, tmp_path / "out", data__sequence_length=64)
@@ -300,7 +313,10 @@ def test_workers_do_not_change_a_byte_and_do_not_outlive_a_kill(tmp_path: Path) 
         assert part in finished.stdout
     assert "prepare: tokenizing" in finished.stderr  # lines, not a bar, where there is no terminal
     verified = subprocess.run(
-        [sys.executable, "-m", "sparselt_dist.shards", "verify", str(tmp_path / "serial")], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sparselt_dist.shards", "verify", str(tmp_path / "serial")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert verified.returncode == 0 and verified.stdout.count("sound") == 2
 
@@ -318,8 +334,23 @@ def test_unfinished_work_of_another_configuration_is_refused(tmp_path: Path) -> 
     with pytest.raises(DataError, match="vocab_size is 700 there and 800 here"):
         _prepare(source, tmp_path / "out", prepare__vocab_size=800)
     _jsonl(source, TEXTS[:-1])
-    with pytest.raises(DataError, match="changed since the unfinished preparation"):
+    with pytest.raises(DataError, match="unfinished preparation of something else: the source files have changed"):
         _prepare(source, tmp_path / "out")
+
+
+def test_work_that_ended_with_an_error_gives_way_to_the_remedy(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prepare\.vocab_size"):
+        _prepare(corpus, tmp_path / "out", prepare__vocab_size=64)
+    with pytest.raises(DataError, match="the validation split has"):
+        _prepare(corpus, tmp_path / "out", prepare__validation_fraction=0.02, data__sequence_length=20_000)
+    with corpus.open("a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl:41: not JSON"):
+        _prepare(corpus, tmp_path / "out")
+    _jsonl(corpus, TEXTS[:40])
+    _prepare(corpus, tmp_path / "out")
+    _prepare(corpus, tmp_path / "fresh")
+    assert _hashes(tmp_path / "out") == _hashes(tmp_path / "fresh")
 
 
 @pytest.mark.slow
@@ -360,7 +391,9 @@ def test_bad_input_is_one_message_and_exit_code_2(
     _fails(capsys, _arguments(tmp_path / "no.txt", out, {}), "no.txt: no such file")
     _fails(capsys, _arguments(corpus, tmp_path / "file/out", {}), "prepare.output_dir", "cannot be written")
     _fails(capsys, _arguments(corpus, Path("/proc/nothing"), {}), "prepare.output_dir", "/proc/nothing")
-    _fails(capsys, _arguments(corpus, tmp_path / "b", {"prepare.min_characters": 10**7}), "nothing is left of 40 documents")
+    _fails(
+        capsys, _arguments(corpus, tmp_path / "b", {"prepare.min_characters": 10**7}), "nothing is left of 40 documents"
+    )
     _fails(capsys, _arguments(corpus, tmp_path / "c", {"prepare.vocab_size": 70}), "prepare.vocab_size: found 70")
     _fails(capsys, _arguments(corpus, tmp_path / "d", {"prepare.tokenizer": "wordpiec"}), "prepare.tokenizer")
     _fails(
@@ -384,11 +417,6 @@ def test_a_full_disk_is_a_data_error(corpus: Path, tmp_path: Path, monkeypatch: 
     assert _prepare(corpus, tmp_path / "out").train_dir.exists()
 
 
-def test_the_alphabet_error_is_a_configuration_error(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="prepare.vocab_size"):
-        _prepare(corpus, tmp_path / "out", prepare__vocab_size=64)
-
-
 # --- the command `shards` --------------------------------------------------------------------------------------------
 
 
@@ -402,7 +430,14 @@ def test_inspect_shows_shards_text_lengths_and_licences(folder: Path, capsys: py
     assert shards_command.main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     manifest = read_manifest(folder / "train")
-    for part in ("shard-000001.tar", f"{manifest.tokens:,}", "unknown", "length: median 32", "shard-000000/0:", "[SEP]"):
+    for part in (
+        "shard-000001.tar",
+        f"{manifest.tokens:,}",
+        "unknown",
+        "length: median 32",
+        "shard-000000/0:",
+        "[SEP]",
+    ):
         assert part in shown or part == "[SEP]"
     assert shown.count("sequence length 32") == 2
 

@@ -75,16 +75,22 @@ def _own_head(backbone: Backbone, data: Data) -> float:
     return F.cross_entropy(logits, batch["labels"][chosen]).item()
 
 
-@pytest.mark.parametrize("contrastive", [False, True], ids=["vocabulary head", "contrastive"])
-def test_a_trained_model_beats_the_floors_and_its_own_head(data: Data, contrastive: bool) -> None:
+def test_a_recovered_head_is_as_good_as_the_one_that_was_trained(data: Data) -> None:
     backbone = _backbone(data[2], "crammed-bert")
-    _train(backbone, data, 250, contrastive)
+    _train(backbone, data, 250, contrastive=False)
     found = run_yardsticks(backbone, *data, device=CPU, size=SMALL)
-    assert found["yardstick/masked_ce"] < found["yardstick/unigram_ce"] - 0.8
+    assert found["yardstick/masked_ce"] < found["yardstick/unigram_ce"] - 0.3
     assert found["yardstick/masked_ce"] < _own_head(backbone, data) + 0.05
-    assert found["yardstick/masked_accuracy"] > 0.3
-    assert found["yardstick/probe_accuracy"] > found["yardstick/majority_accuracy"] + 0.02
-    assert found["yardstick/majority_accuracy"] == 0.5
+
+
+def test_a_contrastive_model_is_measured_with_the_unigrams_that_it_never_learned(data: Data) -> None:
+    backbone = _backbone(data[2], "crammed-bert")
+    _train(backbone, data, 250, contrastive=True)
+    found = run_yardsticks(backbone, *data, device=CPU, size=SMALL)
+    assert found["yardstick/masked_ce"] < found["yardstick/unigram_ce"] - 1.5
+    assert found["yardstick/masked_ce"] < _own_head(backbone, data) - 0.3
+    assert found["yardstick/masked_accuracy"] > 0.4
+    assert found["yardstick/probe_accuracy"] > found["yardstick/majority_accuracy"] == 0.5
 
 
 def test_targets_do_not_depend_on_model_seed_or_global_state(data: Data) -> None:

@@ -219,6 +219,13 @@ def test_roberta_gets_room_for_its_offset():
     assert model(torch.randint(7, 96, (1, 512))).shape == (1, 512, 32)
 
 
+def test_fields_that_only_the_constructor_knows_take_effect():
+    assert make_config(section("llama", rope_theta=500.0), TOKENIZER, 16).rope_parameters["rope_theta"] == 500.0
+    assert backbone("bert", attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match="rope_theta"):
+        make_config(section("bert", rope_theta=500.0), TOKENIZER, 16)
+
+
 def test_types_are_found_in_either_spelling():
     assert make_config(section("gpt-neox"), TOKENIZER, 16).model_type == "gpt_neox"
     assert make_config(section("crammed_bert"), TOKENIZER, 16).model_type == "crammed-bert"

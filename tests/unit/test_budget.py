@@ -16,7 +16,9 @@ def test_triangle2_at_21_points() -> None:
 
 
 def test_triangle1_starts_at_half_and_peaks_at_three_quarters() -> None:
-    assert [lr_multiplier("budget-triangle1", x) for x in (0, 0.375, 0.75, 0.875, 1)] == pytest.approx([0.5, 0.75, 1, 0.5, 0])
+    assert [lr_multiplier("budget-triangle1", x) for x in (0, 0.375, 0.75, 0.875, 1)] == pytest.approx(
+        [0.5, 0.75, 1, 0.5, 0]
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name.startswith("budget-")])

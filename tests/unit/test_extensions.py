@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import stat
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def test_ninja_beside_python_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     ninja.parent.mkdir()
     ninja.write_text("#!/bin/sh\n")
     ninja.chmod(ninja.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(extensions.sys, "executable", str(ninja.parent / "python"))
+    monkeypatch.setattr(sys, "executable", str(ninja.parent / "python"))
     env = {"HOME": str(tmp_path), "PATH": "/nowhere"}
     extensions.prepare_launch(env)
     assert shutil.which("ninja", path=env["PATH"]) == str(ninja)
@@ -77,10 +79,10 @@ def test_ninja_beside_python_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_unwritable_home_gives_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home").write_text("a file: nothing can be made below it")
-    monkeypatch.setattr(extensions.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     folder = extensions.private_folder({"HOME": str(tmp_path / "home")})
     assert folder is not None and folder.is_relative_to(tmp_path / "temporary")
-    monkeypatch.setattr(extensions.os, "getuid", lambda: 4242)  # somebody else's folder is not trusted
+    monkeypatch.setattr(os, "getuid", lambda: 4242)  # somebody else's folder is not trusted
     (tmp_path / "temporary" / "sparselt_dist-4242").mkdir()
     assert extensions.private_folder({"HOME": str(tmp_path / "home")}) is None
 

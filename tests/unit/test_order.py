@@ -105,3 +105,9 @@ def test_order_is_frozen() -> None:
     seeds = sample_seed(3, np.zeros(2), samples[:2])
     assert samples.tolist() == [5, 6, 1, 2, 0, 9, 10, 4]
     assert seeds.tolist() == [6982675359238115089, 6324184851018989795]
+
+
+def test_window_zero_reads_in_stored_order_epoch_after_epoch() -> None:
+    epochs, samples = SampleOrder([3, 2], seed=7, window=0).samples(np.arange(12))
+    assert samples.tolist() == [0, 1, 2, 3, 4] * 2 + [0, 1]
+    assert epochs.tolist() == [0] * 5 + [1] * 5 + [2] * 2

@@ -255,7 +255,11 @@ def test_a_corrupt_manifest_is_refused(rows: Path, content: str, expected: str) 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [({"format_version": 2}, "version 2, expected"), ({"shards": []}, "lists no sample"), ({"samples": 0}, "no sample")],
+    [
+        ({"format_version": 2}, "version 2, expected"),
+        ({"shards": []}, "lists no sample"),
+        ({"samples": 0}, "no sample"),
+    ],
 )
 def test_a_manifest_of_another_kind_is_refused(rows: Path, change: dict[str, object], expected: str) -> None:
     manifest = json.loads((rows / "manifest.json").read_text())

@@ -161,11 +161,14 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, expected
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("missing.txt", "no such file or folder"), ("./missing", "no such file"), ("*.txt", "matches no file"), (".", "holds no text")],
+    [
+        ("missing.txt", "no such file or folder"),
+        ("./missing", "no such file"),
+        ("*.txt", "matches no file"),
+        (".", "holds no text"),
+    ],
 )
-def test_missing_paths_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str
-) -> None:
+def test_missing_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=expected):
         _texts(source)

@@ -76,7 +76,8 @@ def test_a_special_token_spelled_out_in_a_text_stays_text(kind: TokenizerKind, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "crammed"), [("wordpiece", False), ("wordpiece", True), ("bpe", False), ("byte-bpe", False), ("unigram", False)]
+    ("kind", "crammed"),
+    [("wordpiece", False), ("wordpiece", True), ("bpe", False), ("byte-bpe", False), ("unigram", False)],
 )
 def test_pieces_know_whether_they_continue_a_word(kind: TokenizerKind, crammed: bool, tmp_path: Path) -> None:
     info = tokenizer_info(_saved(tmp_path, kind, crammed))

@@ -13,30 +13,27 @@ from sparselt_dist.errors import DataError
 
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
-    log = WorkLog(path)
-    for number in range(3):
-        log.append({"n": number})
-    log.close()
+    with WorkLog(path) as log:
+        for number in range(3):
+            log.append({"n": number})
     whole = path.read_bytes()
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
-        log = WorkLog(path)
         complete = whole[:size].count(b"\n")
-        assert log.records == [{"n": number} for number in range(complete)]
-        log.append({"n": "new"})
-        log.close()
-        again = WorkLog(path)
-        assert again.records[complete:] == [{"n": "new"}]
-        again.close()
+        with WorkLog(path) as log:
+            assert log.records == [{"n": number} for number in range(complete)]
+            log.append({"n": "new"})
+        with WorkLog(path) as log:
+            assert log.records[complete:] == [{"n": "new"}]
 
 
 def test_data_after_the_committed_size_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"committed, and not")
-    file = DataFile(path, committed=9)
-    file.append(b"!")
-    file.close()
-    assert path.read_bytes() == b"committed!" and file.size == 10
+    with DataFile(path, committed=9) as file:
+        file.append(b"!")
+        assert file.size == 10
+    assert path.read_bytes() == b"committed!"
 
 
 def test_a_work_folder_is_held_by_one(tmp_path: Path) -> None:
