@@ -120,6 +120,16 @@ def verify(checkpoint: Path) -> None:
             )
 
 
+def _is_intact(checkpoint: Path) -> bool:
+    if not (checkpoint / "COMPLETE").is_file():
+        return False
+    try:
+        verify(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
 def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint whose files are as saved; damaged ones are passed over with a warning, never deleted.
 
@@ -235,7 +245,7 @@ def save(
         CheckpointError: the run folder cannot be written; earlier checkpoints are untouched.
     """
     final = run_dir / "checkpoints" / folder_name(step)
-    if distributed.on_main(ranks, lambda: (final / "COMPLETE").is_file()):
+    if distributed.on_main(ranks, lambda: _is_intact(final)):
         return final
     staging = final.with_name(final.name + ".partial")
     distributed.on_main(ranks, lambda: _start_staging(staging, final))
@@ -284,8 +294,8 @@ def _start_staging(staging: Path, final: Path) -> None:
         if staging.exists():
             shutil.rmtree(staging)  # our own unfinished attempt
         if final.exists():
-            # Without COMPLETE it was never a checkpoint of ours, so it is moved aside rather than deleted.
-            final.rename(final.with_name(f"{final.name}.incomplete-{os.getpid()}"))
+            # Unfinished or damaged, so it is moved aside rather than deleted.
+            final.rename(final.with_name(f"{final.name}.unusable-{os.getpid()}"))
         staging.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(

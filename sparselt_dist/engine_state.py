@@ -13,9 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
 from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,10 +62,19 @@ def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor]
             value = read(f"{name}#{key}")
             if engine.zero_optimization_stage() == 0:
                 engine.basic_optimizer.state[parameter][key].copy_(value)
+            elif engine.zero_optimization_stage() == 3:
+                safe_set_local_optimizer_state(parameter, _own_partition(engine, parameter, value), key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
     for state in engine.basic_optimizer.state.values():
         state["step"].fill_(float(steps_taken))
+
+
+def _own_partition(engine: DeepSpeedEngine, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """This rank's slice under ZeRO-3, zero-padded; DeepSpeed 0.19 sets whole tensors only if they divide over ranks."""
+    size, ranks = parameter.partition_numel(), dist.get_world_size()
+    padded = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
+    return padded.narrow(0, size * dist.get_rank(), size).to(engine.device)
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:

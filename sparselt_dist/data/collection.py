@@ -78,8 +78,8 @@ def collect_documents(context: Context, items: list[Item]) -> Collected:
     counts = collected.counts
     if not counts["kept"]:
         raise DataError(
-            f"prepare.source: nothing is left of {counts['read']} documents: {counts['too_short']} had fewer characters "
-            f"than prepare.min_characters ({context.config.prepare.min_characters}), {counts['too_long']} more than "
+            f"prepare.source: nothing is left of {counts['read']} documents: {counts['too_short']} had fewer "
+            f"characters than prepare.min_characters ({context.config.prepare.min_characters}), {counts['too_long']} more than "
             "prepare.max_characters; lower or raise these limits, or give more text"
         )
     return collected

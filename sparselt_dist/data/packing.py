@@ -43,6 +43,7 @@ class TokenizeRules:
 
     documents: Path
     tokenizer: Path
+    tokenizer_sha256: str
     near_duplicates: Path | None
     max_tokens_per_character: float | None
     held_out_below: int  # documents whose split hash is lower are held out
@@ -69,14 +70,15 @@ class ChunkIds:
     incompressible: int
 
 
-@functools.cache
-def _tokenizer(folder: Path) -> tuple[Tokenizer, TokenizerInfo]:
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: Path, sha256: str) -> tuple[Tokenizer, TokenizerInfo]:
+    """Loaded once a process; the hash tells it from another preparation's in the same place."""
     return load_for_text(folder), tokenizer_info(folder)
 
 
 def tokenize_chunk(rules: TokenizeRules, chunk: Chunk) -> ChunkIds:
     """Encode a chunk: drop near duplicates and incompressible documents, close each document with sep, split."""
-    info = _tokenizer(rules.tokenizer)[1]
+    info = _tokenizer(rules.tokenizer, rules.tokenizer_sha256)[1]
     end = end_of_document(info, str(rules.tokenizer))
     begin = info.cls_id if info.cls_id is not None else info.bos_id
     frame_begin = [begin] if rules.kind == "documents" and begin is not None else []
@@ -108,7 +110,7 @@ def _count(part: SplitIds, document: StoredDocument, tokens: int) -> None:
 
 
 def _encoded(rules: TokenizeRules, chunk: Chunk, removed: frozenset[int]) -> Iterator[tuple[StoredDocument, list[int]]]:
-    tokenizer = _tokenizer(rules.tokenizer)[0]
+    tokenizer = _tokenizer(rules.tokenizer, rules.tokenizer_sha256)[0]
     batch: list[StoredDocument] = []
     characters = 0
 

@@ -89,11 +89,8 @@ def prepare(config: Config, progress: bool = True) -> PrepareReport:
             workers = Workers(config.prepare.num_workers or os.cpu_count() or 1)
             with workers, StageProgress(progress) as bar:
                 context = Context(config, work, workers, bar)
-                collected, tokenized = _run_stages(context, items, folders, wanted)
+                collected, tokenized = _noting_failure(context, items, folders, wanted)
         shutil.rmtree(work)
-    except SparseltError:
-        (work / FAILED).touch()
-        raise
     except OSError as cause:
         raise DataError(
             f"prepare.output_dir: {cause.filename or output}: cannot be written: {cause.strerror or cause}; "
@@ -107,6 +104,16 @@ def _folders(output: Path, validation_fraction: float) -> dict[Split, Path]:
     if validation_fraction == 0:
         return {"train": output}
     return {split: output / split for split in SPLITS}
+
+
+def _noting_failure(
+    context: Context, items: list[Item], folders: dict[Split, Path], wanted: dict[str, Any]
+) -> tuple[Collected, Tokenized]:
+    try:
+        return _run_stages(context, items, folders, wanted)
+    except SparseltError:
+        (context.work / FAILED).touch()
+        raise
 
 
 def _run_stages(
@@ -189,8 +196,8 @@ def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -
     differences = _differences(found, wanted)
     if differences:
         raise DataError(
-            f"prepare.output_dir: {folder}: holds shards of another preparation: {differences}; nothing was overwritten: "
-            "choose another prepare.output_dir, or remove the folder"
+            f"prepare.output_dir: {folder}: holds shards of another preparation: {differences}; nothing was "
+            "overwritten: choose another prepare.output_dir, or remove the folder"
         )
 
 
@@ -227,8 +234,8 @@ def _open_work(work: Path, wanted: dict[str, Any]) -> None:
 def _other_work(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
     differences = _differences(found["prepare"], wanted["prepare"]) or "the source files have changed"
     return (
-        f"prepare.output_dir: {work.parent}: holds an unfinished preparation of something else: {differences}; finish that "
-        f"one, choose another prepare.output_dir, or remove {work} to begin anew"
+        f"prepare.output_dir: {work.parent}: holds an unfinished preparation of something else: {differences}; finish "
+        f"that one, choose another prepare.output_dir, or remove {work} to begin anew"
     )
 
 

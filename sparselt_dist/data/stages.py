@@ -41,8 +41,9 @@ from sparselt_dist.data.packing import (
     tokenize_chunk,
     write_shard,
 )
-from sparselt_dist.data.shards import Dtype, ShardEntry, id_dtype
+from sparselt_dist.data.shards import Dtype, ShardEntry, file_sha256, id_dtype
 from sparselt_dist.data.tokenizer import (
+    TOKENIZER_FILE,
     TRAINED_KINDS,
     copy_tokenizer,
     load_for_text,
@@ -166,7 +167,16 @@ def tokenize_documents(context: Context, collected: Collected, near: Path | None
     context.progress.start("tokenizing")
     dtype = id_dtype(tokenizer_info(context.tokenizer).vocab_size)
     limit = context.config.prepare.max_tokens_per_character
-    rules = TokenizeRules(context.documents, context.tokenizer, near, limit, held_out, context.kind, dtype)
+    rules = TokenizeRules(
+        documents=context.documents,
+        tokenizer=context.tokenizer,
+        tokenizer_sha256=file_sha256(context.tokenizer / TOKENIZER_FILE),
+        near_duplicates=near,
+        max_tokens_per_character=limit,
+        held_out_below=held_out,
+        kind=context.kind,
+        dtype=dtype,
+    )
     result = Tokenized(dtype)
     with WorkLog(context.work / "tokenize.log") as log:
         for line in log.records:

@@ -77,7 +77,7 @@ def _usage(model: ModelFacts) -> str:
         f"from transformers import {model.auto_class}, AutoTokenizer",
         "",
         f"model = {model.auto_class}.from_pretrained(PATH{remote}{model.load_options})",
-        "tokenizer = AutoTokenizer.from_pretrained(PATH)",
+        f"tokenizer = AutoTokenizer.from_pretrained(PATH{remote})",
     ]
     if model.pipeline == "fill-mask" and model.mask_token:
         lines += [

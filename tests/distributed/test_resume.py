@@ -70,7 +70,9 @@ def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> No
     again = run_ranks(1, shards, straight.folder, *RUN)
     assert "was changed after it was saved" in again.output and "at step 3" in again.output
     assert again.code == 0, again.output
-    assert damaged.exists() is False or damaged.read_bytes() != bytes(content)  # its place was taken by the new one
+    checkpoint.verify(damaged.parent)  # written anew; the damaged one is kept beside it
+    (aside,) = damaged.parent.parent.glob("step_00000006.unusable-*")
+    assert (aside / damaged.name).read_bytes() == bytes(content)
     assert [line["step"] for line in again.journal] == [1, 2, 3, 4, 5, 6]
 
 

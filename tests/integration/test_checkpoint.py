@@ -70,7 +70,7 @@ def test_an_unfinished_folder_of_that_step_is_moved_aside(tmp_path: Path) -> Non
     torn.mkdir(parents=True)
     (torn / "weights-00000.safetensors").write_bytes(b"half")
     save(tmp_path, 7)
-    (aside,) = torn.parent.glob("step_00000007.incomplete-*")
+    (aside,) = torn.parent.glob("step_00000007.unusable-*")
     assert (aside / "weights-00000.safetensors").read_bytes() == b"half"
 
 

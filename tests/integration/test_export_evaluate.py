@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from toy_run import LENGTH, make_data, toy_config, tokenizer_sha256, write_run
+from toy_run import LENGTH, make_data, tokenizer_sha256, toy_config, write_run
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from sparselt_dist import evaluate, export
@@ -76,11 +76,12 @@ import sys
 sys.modules["sparselt_dist"] = None  # any import of the package fails
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
-model = AutoModelForMaskedLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+path = {str(folder)!r}
+model = AutoModelForMaskedLM.from_pretrained(path, trust_remote_code=True).eval()
 expected = torch.load({str(tmp_path / "expected.pt")!r})
 assert torch.equal(model(input_ids=expected["ids"]).logits, expected["logits"])
-fill = pipeline("fill-mask", model=model, tokenizer=AutoTokenizer.from_pretrained({str(folder)!r}), top_k=3)
-print(len(fill("w1 w2 [MASK] w4")))
+assert AutoTokenizer.from_pretrained(path, trust_remote_code=True).mask_token_id == 4
+print(len(pipeline("fill-mask", model=path, trust_remote_code=True, top_k=3)("w1 w2 [MASK] w4")))
 """
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

@@ -75,7 +75,9 @@ def tokenizer_sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def make_data(root: Path, *, train_rows: int = 600, mask: bool = True) -> tuple[ShardFolder, ShardFolder, TokenizerInfo]:
+def make_data(
+    root: Path, *, train_rows: int = 600, mask: bool = True
+) -> tuple[ShardFolder, ShardFolder, TokenizerInfo]:
     """Training shards, held-out shards and the tokenizer (in `root/tokenizer`)."""
     write_tokenizer(root / "tokenizer", mask=mask)
     train = write_shards(root / "train", markov_rows(train_rows, 1), root / "tokenizer")
@@ -113,7 +115,9 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    save_file({name: value.detach().clone() for name, value in model.named_parameters()}, folder / "weights-00000.safetensors")
+    save_file(
+        {name: value.detach().clone() for name, value in model.named_parameters()}, folder / "weights-00000.safetensors"
+    )
     meta = {
         "format": 1,
         "step": step,

@@ -205,9 +205,10 @@ def test_a_dead_worker_ends_the_stream_and_names_its_samples(folder: ShardFolder
 def test_workers_leave_signals_to_the_training_process(folder: ShardFolder) -> None:
     loader = make_loader(folder, num_workers=2)
     batches = iter(loader)
-    next(batches)
+    list(islice(batches, 2))  # one from each worker, so that both have told their process ids
     assert loader._steps.at_work is not None
     workers = [int(pid) for pid in loader._steps.at_work[:, 0]]
+    assert min(workers) > 1
     reaped = signal.getsignal(signal.SIGCHLD)
     for pid in workers:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
