@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,17 +93,23 @@ def initialise(ranks: Ranks) -> torch.device:
     """Start the process group through DeepSpeed (NCCL on GPUs, gloo on CPU); return this rank's device."""
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     _rendezvous_defaults()
+    # DeepSpeed calls collectives by names that torch has renamed; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    # Slurm may show each rank only its own device.
+    device_number = 0 if on_cpu else ranks.local_rank % accelerator.device_count()
     if not on_cpu:
-        accelerator.set_device(ranks.local_rank)
+        accelerator.set_device(device_number)
+    # Of DeepSpeed's compiled CPU collectives only inference makes use; building them takes minutes at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False, auto_mpi_discovery=False)
-    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(ranks.local_rank))
+    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(device_number))
 
 
 def shut_down() -> None:

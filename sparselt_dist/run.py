@@ -235,7 +235,7 @@ class Run:
             with self.ledger.phase("evaluate"):
                 line.update(self._yardsticks(newest))
             with self.ledger.phase("checkpoint"):
-                self._export(newest)
+                self._export(newest, line)
             self._log_last(line)
         distributed.barrier()
 
@@ -254,10 +254,10 @@ class Run:
             device=self.engine.device,
         )
 
-    def _export(self, newest: Path) -> None:
-        from sparselt_dist.export import export_checkpoint
+    def _export(self, newest: Path, line: dict[str, Any]) -> None:
+        from sparselt_dist.models.exporting import export_checkpoint
 
-        export_checkpoint(newest, self.dir / "model")
+        export_checkpoint(newest, self.dir / "model", metrics=line)
 
     def _log_last(self, line: dict[str, Any]) -> None:
         """Complete the last step's line, which an earlier start may have written already."""

@@ -5,7 +5,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-golden", action="store_true", help="write the files of tests/golden anew instead of comparing with them"
+        "--update-golden",
+        action="store_true",
+        help="write the files of tests/golden anew instead of comparing with them",
     )
 
 

@@ -263,6 +263,7 @@ class Loader:
             multiprocessing_context=multiprocessing.get_context("fork"),
             prefetch_factor=PREFETCH_FACTOR,
             persistent_workers=True,
+            generator=torch.Generator(),  # else the start of workers draws from the global one, and dropout with it
         )
         return map(self._pinned, self._from_workers(_start(loader)))
 

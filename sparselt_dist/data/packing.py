@@ -19,7 +19,6 @@ import numpy as np
 
 from sparselt_dist.data.cleaning import StoredDocument, parse_records
 from sparselt_dist.data.deduplication import Chunk, removed_documents
-from sparselt_dist.data.order import permute
 from sparselt_dist.data.shards import Kind, ShardEntry, ShardWriter
 from sparselt_dist.data.tokenizer import end_of_document, load_for_text, tokenizer_info
 
@@ -178,6 +177,8 @@ def sample_order(file: IdFile, order: str, full_stop: int | None) -> np.ndarray:
         return by_count
     numbers = np.arange(file.num_samples, dtype=np.int64)
     if order == "shuffle":
+        from sparselt_dist.data.order import permute  # late: it imports torch, which worker processes do without
+
         return permute(numbers.astype(np.uint64), file.num_samples, SHUFFLE_KEY).astype(np.int64)
     return numbers
 

@@ -248,7 +248,7 @@ def _discard(work: Path) -> None:
             path.unlink()
     for folder in (work.parent, *(work.parent / split for split in SPLITS)):
         if not (folder / MANIFEST).exists():
-            for path in folder.glob("shard-*"):
+            for path in folder.glob("shard-[0-9]*"):
                 path.unlink()
 
 

@@ -63,11 +63,6 @@ class Vocabulary:
                 "objective.whole_word: found true, but the tokenizer does not mark where words begin; "
                 "set it to false or prepare the shards with wordpiece or byte-bpe"
             )
-        if rule.mask_share + rule.random_share > 1:
-            raise ConfigError(
-                f"objective.mask_share + objective.random_share: found {rule.mask_share} + {rule.random_share}, "
-                "expected at most 1 together; what remains of the targets stays as it is"
-            )
         self.size = tokenizer.vocab_size
         self.mask_id = tokenizer.mask_id
         self.continues_word_V = tokenizer.continues_word_V

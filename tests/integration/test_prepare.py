@@ -270,54 +270,44 @@ def _run_until(moment: int, arguments: list[str]) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path: Path, workers: int) -> None:
+def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path: Path) -> None:
     source = _jsonl(tmp_path / "c.jsonl", TEXTS)
-    settings = {"prepare.validation_fraction": 0.1, "prepare.samples_per_shard": 500, "prepare.num_workers": workers}
-    if workers == 1:
-        settings["prepare.deduplicate_near"] = True
+    settings = {
+        "prepare.validation_fraction": 0.1,
+        "prepare.samples_per_shard": 500,
+        "prepare.deduplicate_near": True,
+    }
     undisturbed = _run_until(0, _arguments(source, tmp_path / "a", settings))
     assert undisturbed.returncode == 0, undisturbed.stderr
-    moments = int(undisturbed.stdout.split()[-1])
-    arguments = _arguments(source, tmp_path / "b", settings)
+    step = int(undisturbed.stdout.split()[-1]) // 6 | 1  # odd, so that kills fall before and after a flush
+    arguments = _arguments(source, tmp_path / "b", settings | {"prepare.num_workers": 2})
     kills = 0
-    step = moments // 7 | 1  # odd, so that kills fall before and after a flush
     while (result := _run_until(step, arguments)).returncode == -signal.SIGKILL:
         kills += 1
-        assert not (tmp_path / "b/train/manifest.json").exists() or kills > 5
         assert kills < 30
     assert result.returncode == 0, result.stderr
-    assert kills >= 5
+    assert kills >= 4
     assert _hashes(tmp_path / "a") == _hashes(tmp_path / "b")
 
 
-def test_workers_do_not_change_a_byte_and_do_not_outlive_a_kill(tmp_path: Path) -> None:
-    def command(output: str, workers: int) -> list[str]:
-        values = [f"prepare.output_dir={tmp_path / output}", f"prepare.num_workers={workers}"]
-        settings = ["prepare.source=embedded", "prepare.vocab_size=8192", "prepare.validation_fraction=0.02"]
-        return [sys.executable, "-m", "sparselt_dist.prepare", *settings, *values, "prepare.samples_per_shard=4000"]
-
-    subprocess.run(command("serial", 1), check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen(command("parallel", 2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "parallel/.work/tokenize.log"
+def test_a_kill_leaves_no_process_and_the_end_is_accounted_for(tmp_path: Path) -> None:
+    settings = ["prepare.source=embedded", "prepare.vocab_size=8192", "prepare.validation_fraction=0.05"]
+    command = [sys.executable, "-m", "sparselt_dist.prepare", *settings, f"prepare.output_dir={tmp_path / 'out'}"]
+    command.append("prepare.num_workers=2")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out/.work/tokenize.log"
     _wait_for(lambda: log.exists() and log.stat().st_size > 0)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     assert len(children) >= 2
     _wait_for(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
-    finished = subprocess.run(command("parallel", 2), check=True, capture_output=True, text=True, timeout=300)
-    assert _hashes(tmp_path / "serial") == _hashes(tmp_path / "parallel")
+    finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     for part in ("documents read", "505", "tokens", "bytes a token", "MB of text a second", "peak memory"):
         assert part in finished.stdout
     assert "prepare: tokenizing" in finished.stderr  # lines, not a bar, where there is no terminal
-    verified = subprocess.run(
-        [sys.executable, "-m", "sparselt_dist.shards", "verify", str(tmp_path / "serial")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert verified.returncode == 0 and verified.stdout.count("sound") == 2
+    assert verify(tmp_path / "out/train") == verify(tmp_path / "out/validation") == []
+    assert read_manifest(tmp_path / "out/validation").samples > 500
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -1,5 +1,6 @@
 """The yardsticks of small models, trained or not, on a toy language."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ from sparselt_dist.objectives.settings import MLMConfig
 SMALL = Size(heldout_tokens=6000, training_tokens=8000, probe_tokens=4000, counted_tokens=20_000, head_steps=40)
 CPU = torch.device("cpu")
 Data = tuple[ShardFolder, ShardFolder, TokenizerInfo]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two threads, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

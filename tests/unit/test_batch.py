@@ -17,7 +17,13 @@ def _examples(*lengths: int) -> list[Example]:
 def test_mix64_is_the_splitmix64_generator() -> None:
     """First outputs of splitmix64 from state 1234567, as published with the reference implementation."""
     state = np.uint64(1234567) + np.arange(1, 6, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert mix64(state).tolist() == published
 
 

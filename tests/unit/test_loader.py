@@ -175,6 +175,13 @@ def test_batches_from_workers_are_writable_tensors(folder: ShardFolder) -> None:
     batch["labels"].fill_(IGNORE_INDEX)  # numpy warns of arrays that are not; warnings are errors
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_moves_no_global_generator(folder: ShardFolder, workers: int) -> None:
+    before = (torch.get_rng_state(), str(np.random.get_state()))
+    next(iter(make_loader(folder, num_workers=workers)))
+    assert torch.equal(torch.get_rng_state(), before[0]) and str(np.random.get_state()) == before[1]
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -189,7 +196,9 @@ def test_a_bad_id_names_shard_and_sample(tmp_path: Path, workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_failing_collator_names_shard_and_sample(folder: ShardFolder, workers: int) -> None:
     collator = Plain("shard-000003/7", "raise")
-    with pytest.raises(DataError, match=r"sample shard-000003/7: the collator Plain failed: ValueError: three") as caught:
+    with pytest.raises(
+        DataError, match=r"sample shard-000003/7: the collator Plain failed: ValueError: three"
+    ) as caught:
         list(islice(make_loader(folder, collator, num_workers=workers), SAMPLES))
     assert "Traceback" not in str(caught.value)
 

@@ -72,7 +72,7 @@ def test_order_does_not_depend_on_how_it_is_asked_for() -> None:
 
 def test_a_window_reads_its_shards_alone() -> None:
     sizes = [10] * 12
-    epochs, samples = SampleOrder(sizes, seed=5, window=3).samples(np.arange(120))
+    _, samples = SampleOrder(sizes, seed=5, window=3).samples(np.arange(120))
     visited = []
     for start in range(0, 120, 30):
         shards = set((samples[start : start + 30] // 10).tolist())

@@ -1,6 +1,5 @@
 """The objective registry: names, clashes, versions, nearest names."""
 
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -33,9 +32,8 @@ class Other(Complete):
 
 
 @pytest.fixture(autouse=True)
-def _private_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _private_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_registered", dict(base._registered))
-    yield
 
 
 def _entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
@@ -70,7 +68,9 @@ def test_registering_twice_is_harmless_and_another_class_a_clash() -> None:
 def test_a_built_in_name_cannot_be_taken() -> None:
     objective = Complete()
     objective.name = "mlm"
-    with pytest.raises(PluginError, match=r"'mlm' from .*test_registry: .* built-in of sparselt_dist.objectives.mlm; rename"):
+    with pytest.raises(
+        PluginError, match=r"'mlm' from .*test_registry: .* built-in of sparselt_dist.objectives.mlm; rename"
+    ):
         register(objective)
 
 
@@ -98,7 +98,9 @@ def test_an_unknown_name_lists_the_choices_and_the_nearest() -> None:
 def test_an_entry_point_that_fails_names_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     _entry_point(monkeypatch, "broken", "no_such_module_at_all:X")
     assert "broken" in available()  # listing imports nothing
-    with pytest.raises(PluginError, match=r"'broken': plug-in no_such_module_at_all:X .* failed on import: ModuleNotFound"):
+    with pytest.raises(
+        PluginError, match=r"'broken': plug-in no_such_module_at_all:X .* failed on import: ModuleNotFound"
+    ):
         get_objective("broken")
 
 
