@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -36,15 +37,15 @@ _SILENT_SECONDS: Final = 600.0
 def resolve_store_uri(uri: str, base: Path | None = None) -> str:
     """The store's URI with a relative SQLite file made absolute (against `base`, default the working directory).
 
-    Raises ConfigError for a folder or `file:` URI: MLflow no longer accepts such stores.
+    Raises ConfigError for a URI that MLflow takes no runs for, such as a folder's.
     """
     prefix = "sqlite:///"
     if uri.startswith(prefix):
         path = Path(uri.removeprefix(prefix)).expanduser()
         return prefix + str((base or Path.cwd()).joinpath(path).absolute())
-    if "://" not in uri or uri.startswith("file:"):
+    if not re.match(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://|databricks", uri):
         raise ConfigError(
-            f"log.mlflow_uri: found {uri!r}, expected sqlite:///FILE or http://HOST:PORT; "
+            f"log.mlflow_uri: found {uri!r}, expected sqlite:///FILE, http://HOST:PORT or a data base's URI; "
             "MLflow keeps no new runs in plain folders, use a SQLite file"
         )
     return uri

@@ -1,4 +1,12 @@
-"""Options shared by all tests; markers and warning filters stand in pyproject.toml."""
+"""Options and fixtures shared by all tests; markers and warning filters stand in pyproject.toml."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -15,3 +23,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden files are written instead of compared."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shard folders `train` and `validation` of real English that every Python carries; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("shards")
+    text = folder / "topics.jsonl"
+    text.write_text("".join(json.dumps({"text": body}) + "\n" for _, body in sorted(topics.items())))
+    command = [sys.executable, "-m", "sparselt_dist.prepare", f"prepare.source={text}"]
+    command += [f"prepare.output_dir={folder / 'out'}", "prepare.vocab_size=512", "prepare.validation_fraction=0.2"]
+    command += ["prepare.samples_per_shard=256", "data.sequence_length=32", "prepare.num_workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"

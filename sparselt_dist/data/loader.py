@@ -78,8 +78,8 @@ def _collate(folder: ShardFolder, collator: Collator, samples: np.ndarray, seeds
         DataError: a sample cannot be read or collated; its shard and number are named.
     """
     examples: list[Example] = [
-        {"key": folder.key(sample), "ids": ids, "seed": seed}
-        for sample, ids, seed in zip(samples.tolist(), folder.read(samples), seeds.tolist(), strict=True)
+        {"key": key, "ids": ids, "seed": seed}
+        for key, ids, seed in zip(folder.keys(samples), folder.read(samples), seeds.tolist(), strict=True)
     ]
     try:
         return collator(examples)

@@ -42,15 +42,8 @@ from sparselt_dist.data.packing import (
     write_shard,
 )
 from sparselt_dist.data.shards import Dtype, ShardEntry, file_sha256, id_dtype
-from sparselt_dist.data.tokenizer import (
-    TOKENIZER_FILE,
-    TRAINED_KINDS,
-    copy_tokenizer,
-    load_for_text,
-    save_trained,
-    tokenizer_info,
-    train_tokenizer,
-)
+from sparselt_dist.data.tokenizer import TOKENIZER_FILE, TRAINED_KINDS, copy_tokenizer, load_for_text, tokenizer_info
+from sparselt_dist.data.tokenizer_training import save_trained, train_tokenizer
 from sparselt_dist.data.workspace import DataFile, WorkLog
 from sparselt_dist.errors import DataError
 

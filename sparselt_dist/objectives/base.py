@@ -130,8 +130,16 @@ def register(objective: Objective) -> Objective:
     return objective
 
 
-def _entry_points() -> Mapping[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+def _entry_points() -> Mapping[str, list[EntryPoint]]:
+    """Plug-ins by name; more than one of a name is a clash."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unknown distribution"
 
 
 def available() -> dict[str, str]:
@@ -139,9 +147,8 @@ def available() -> dict[str, str]:
     lines = {name: text for name, (_, text) in BUILT_IN.items()}
     for name, objective in _registered.items():
         lines.setdefault(name, f"registered by {type(objective).__module__}")
-    for name, point in sorted(_entry_points().items()):
-        distribution = point.dist.name if point.dist else "an installed package"
-        lines.setdefault(name, f"plug-in of {distribution} ({point.value})")
+    for name, points in sorted(_entry_points().items()):
+        lines.setdefault(name, " and ".join(f"plug-in of {_distribution(point)} ({point.value})" for point in points))
     return lines
 
 
@@ -149,24 +156,27 @@ def get_objective(name: str) -> Objective:
     """The objective of that name; imports only its own module.
 
     Raises:
-        PluginError: unknown name (the nearest is named), or a plug-in that fails on import (its distribution and the
-            cause are named).
+        PluginError: unknown name (the nearest is named), a name that two packages claim,
+            or a plug-in that fails on import (its distribution and the cause are named).
     """
     if name in _registered:
         return _registered[name]
     if name in BUILT_IN:
         importlib.import_module(BUILT_IN[name][0])
         return _registered[name]
-    point = _entry_points().get(name)
-    if point is None:
+    points = _entry_points().get(name, [])
+    if len(points) > 1:
+        claims = " and ".join(_distribution(point) for point in points)
+        raise PluginError(f"objective.name: {name!r} is claimed by {claims}; uninstall one or rename its entry point")
+    if not points:
         near = difflib.get_close_matches(name, available(), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise PluginError(f"objective.name: found {name!r}, expected one of {', '.join(available())}{hint}")
-    return register(_load(name, point))
+    return register(_load(name, points[0]))
 
 
 def _load(name: str, point: EntryPoint) -> Objective:
-    distribution = point.dist.name if point.dist else "an unknown distribution"
+    distribution = _distribution(point)
     try:
         loaded = point.load()
     except Exception as cause:  # a plug-in may fail in any way on import; all are the plug-in's

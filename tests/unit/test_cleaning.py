@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparselt_dist.data.cleaning import CleaningRules, HashSet, Normalization, clean_batch, normalize, parse_records
-from sparselt_dist.data.tokenizer import _normalizer
+from sparselt_dist.data.tokenizer_training import _normalizer
 
 TRAPS = [
     "Plain text, nothing to do.",

@@ -38,7 +38,7 @@ def _private_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _entry_point(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     point = EntryPoint(name=name, value=value, group=base.ENTRY_POINT_GROUP)
-    monkeypatch.setattr(base, "_entry_points", lambda: {name: point})
+    monkeypatch.setattr(base, "_entry_points", lambda: {name: [point]})
 
 
 def test_built_ins_are_available_and_have_settings() -> None:
@@ -113,3 +113,11 @@ def test_an_entry_point_must_carry_the_objective_of_its_name(monkeypatch: pytest
 def test_an_entry_point_may_be_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
     _entry_point(monkeypatch, "complete", f"{__name__}:Complete")
     assert isinstance(get_objective("complete"), Complete)
+
+
+def test_a_name_claimed_by_two_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [EntryPoint(name="twice", value=value, group=base.ENTRY_POINT_GROUP) for value in ("a:X", "b:X")]
+    monkeypatch.setattr(base, "_entry_points", lambda: {"twice": points})
+    assert "(a:X) and plug-in" in available()["twice"]
+    with pytest.raises(PluginError, match="'twice' is claimed by .* and .*; uninstall one"):
+        get_objective("twice")

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from sparselt_dist.data.manifest import Kind, file_sha256
 from sparselt_dist.data.shard_index import index_path, read_index, scan_tar
 from sparselt_dist.data.shards import ShardFolder, ShardWriter, id_dtype, read_manifest, write_manifest
-from sparselt_dist.data.tokenizer import save_trained, train_tokenizer
+from sparselt_dist.data.tokenizer_training import save_trained, train_tokenizer
 from sparselt_dist.data.verification import verify
 from sparselt_dist.errors import DataError
 

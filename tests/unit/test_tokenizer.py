@@ -14,17 +14,14 @@ from tokenizers import Tokenizer
 from sparselt_dist.data.manifest import file_sha256, write_manifest
 from sparselt_dist.data.shards import ShardWriter
 from sparselt_dist.data.tokenizer import (
-    CRAMMED_SPECIAL_TOKENS,
-    SPECIAL_TOKENS,
     TRAINED_KINDS,
     TokenizerKind,
     check_tokenizer,
     copy_tokenizer,
     load_for_text,
-    save_trained,
     tokenizer_info,
-    train_tokenizer,
 )
+from sparselt_dist.data.tokenizer_training import CRAMMED_SPECIAL_TOKENS, SPECIAL_TOKENS, save_trained, train_tokenizer
 from sparselt_dist.errors import ConfigError, DataError
 
 TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:12]
