@@ -261,10 +261,12 @@ class Trainer:
     def _forward_backward(self, batch: Batch, global_targets: float, sums: Sums, last: bool) -> None:
         num_targets = batch["num_targets"]
         self.engine.set_gradient_accumulation_boundary(last)
-        with self.ledger.phase("forward"):
+        # Compilation is lazy: it happens in the first passes of a start.
+        compiling = self.config.train.compile and self.step_seconds == 0.0
+        with self.ledger.phase("compile" if compiling else "forward"):
             output: LossOutput = self.engine(_to_device(batch, self.device))
             sums.add_output(output, num_targets.to(self.device))
-        with self.ledger.phase("backward"):
+        with self.ledger.phase("compile" if compiling else "backward"):
             # DeepSpeed averages over ranks, so their number is multiplied back in.
             weight = float(num_targets) * self.ranks.world_size / global_targets
             self.engine.backward(output.loss * weight, scale_wrt_gas=False)

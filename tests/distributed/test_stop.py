@@ -62,7 +62,6 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     ("target", "number"),
     [
         ("command", signal.SIGTERM),
-        ("group", signal.SIGINT),
         ("one rank", signal.SIGUSR1),
         ("node launcher", signal.SIGTERM),
     ],
@@ -73,8 +72,6 @@ def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str
         rank_1 = ranks_of(process)[1]
         if target == "command":
             process.send_signal(number)
-        elif target == "group":
-            os.killpg(process.pid, number)
         elif target == "one rank":
             rank_1.send_signal(number)
         else:

@@ -229,7 +229,7 @@ def test_an_unknown_architecture_names_the_nearest(tmp_path: Path) -> None:
 def test_fields_for_another_architecture_are_kept_only_where_the_new_one_has_them(tmp_path: Path) -> None:
     config = load_config(["quickstart"], ["model.architecture=distilbert", "model.config.dropout=0.2"])
     assert "intermediate_size" not in config.model.config
-    assert config.model.config["hidden_size"] == 192
+    assert config.model.config["hidden_size"] == 128
     assert config.model.config["dropout"] == 0.2
     write(tmp_path / "config.json", '{"model_type": "bert"}')
     assert load_config(["quickstart"], [f"model.architecture={tmp_path}"]).model.config == {}

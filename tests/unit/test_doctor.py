@@ -18,7 +18,7 @@ def load(*overrides: str) -> Config:
 def test_a_batch_that_does_not_divide_is_an_error() -> None:
     (finding,) = diagnosis.check_split(load(), 3)
     assert finding.level == "error"
-    assert "63 or 66" in finding.fix
+    assert "30 or 33" in finding.fix
     assert diagnosis.check_split(load(), 2)[0].level == "ok"
 
 

@@ -164,7 +164,7 @@ def test_a_relative_sqlite_file_is_made_absolute(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "/tmp/mlflow.db"])
 def test_a_store_that_mlflow_refuses_is_named(uri: str) -> None:
-    with pytest.raises(ConfigError, match=r"log\.mlflow_uri: found .* expected sqlite:///FILE or http"):
+    with pytest.raises(ConfigError, match=r"log\.mlflow_uri: found .* expected sqlite:///FILE, http"):
         follower.resolve_store_uri(uri)
 
 

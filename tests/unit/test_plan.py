@@ -74,7 +74,7 @@ def test_the_configurations_own_layout_follows_its_deepspeed_file() -> None:
 
 
 def test_the_first_budget_spent_ends_the_run() -> None:
-    config = load_config(["quickstart"], ["budget.max_steps=100", "budget.max_hours=1"])
+    config = load_config(["quickstart"], ["budget.max_steps=100", "budget.max_hours=1", "train.global_batch_size=64"])
     run_plan = make_plan(config, 1)
     fast = estimate_work(config, run_plan, 1, 128, tokens_per_second=1e6)
     assert (fast.limit, fast.steps, fast.tokens) == ("max_steps", 100, 100 * 64 * 128)
@@ -91,12 +91,13 @@ def test_the_batch_ramp_gives_more_steps_for_the_same_tokens() -> None:
 
 
 def test_fitting_numbers_of_ranks_divide_the_batch() -> None:
-    config = load_config(["quickstart"], ["train.micro_batch_size=8"])
+    config = load_config(["quickstart"], ["train.micro_batch_size=8", "train.global_batch_size=64"])
     assert fitting_world_sizes(config) == [1, 2, 4, 8]
 
 
 def test_the_command_prints_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--device", "a100", "--devices", "2", "--price", "3", *TINY]) == 0
+    budget = ["budget.max_steps=1200", "train.global_batch_size=64"]
+    assert plan.main(["--device", "a100", "--devices", "2", "--price", "3", *TINY, *budget]) == 0
     shown = capsys.readouterr().out
     assert "parameters" in shown
     assert "ends by max_steps: 1,200 steps, 9.83M tokens" in shown
@@ -112,7 +113,7 @@ def test_what_does_not_fit_is_code_2_with_advice(capsys: pytest.CaptureFixture[s
 
 def test_a_split_that_does_not_divide_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--device", "a100", "--devices", "3"]) == 2
-    assert "nearest that fit: 63 or 66" in capsys.readouterr().err
+    assert "nearest that fit: 30 or 33" in capsys.readouterr().err
 
 
 def test_the_full_crammed_model_is_counted_exactly(capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,5 +119,5 @@ def test_a_name_claimed_by_two_packages_is_refused(monkeypatch: pytest.MonkeyPat
     points = [EntryPoint(name="twice", value=value, group=base.ENTRY_POINT_GROUP) for value in ("a:X", "b:X")]
     monkeypatch.setattr(base, "_entry_points", lambda: {"twice": points})
     assert "(a:X) and plug-in" in available()["twice"]
-    with pytest.raises(PluginError, match="'twice' is claimed by .* and .*; uninstall one"):
+    with pytest.raises(PluginError, match=r"'twice' is claimed by .* and .*; uninstall one"):
         get_objective("twice")
