@@ -1,8 +1,8 @@
 """Where a configuration comes from: profiles, YAML files and `key.path=value`, merged with the source of each key kept.
 
 YAML is read with the number forms people write (`1e-3`, `3e9`, `1_000`), without YAML 1.1's surprises (`on`, `1:30`,
-dates), and with repeated keys as an error. Nothing here knows what a key means, except that keys for one architecture
-or objective are marked as inherited when a later layer names another.
+dates), and with repeated keys as an error. Nothing here knows what a key means, except that keys for one architecture,
+objective or schedule are marked as inherited when a later layer names another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from sparselt_dist.errors import ConfigError
 PROFILE_FOLDER = Path(__file__).parent / "profiles"
 COMMAND_LINE = "command line"
 # section, the key that names an architecture or objective, and where that one's own keys lie
-_SCOPES = (("model", "architecture", "model.config"), ("objective", "name", "objective"))
+_SCOPES = (
+    ("model", "architecture", "model.config"),
+    ("objective", "name", "objective"),
+    ("schedule", "name", "schedule"),
+)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -261,7 +265,7 @@ class Merged:
     sources: dict[str, str] = field(default_factory=dict)
     fallback: str = "defaults"
     inherited: set[str] = field(default_factory=set)
-    """Keys that an earlier layer set for another architecture or objective than the final one."""
+    """Keys that an earlier layer set for another architecture, objective or schedule than the final one."""
 
     def add(self, layer: Layer) -> None:
         """Lay one layer over the rest."""
@@ -312,7 +316,7 @@ class Merged:
                 into[key] = value
 
     def _mark_inherited(self, layer: Layer) -> None:
-        """Note the keys that were meant for another architecture or objective than this layer names."""
+        """Note the keys that were meant for another architecture, objective or schedule than this layer names."""
         for section, selector, scope in _SCOPES:
             old, new = self.values.get(section), layer.values.get(section)
             if not isinstance(old, dict) or not isinstance(new, dict):

@@ -78,6 +78,7 @@ def load_config(
     merged.add(read_overrides(overrides, _override_value, faults))
     prune_inherited_fields(merged)
     _prune_inherited_objective_keys(merged)
+    _prune_inherited_warmup(merged)
     config = _validate(merged, faults)
     check_model(config, merged, faults)
     _check_objective(config, merged, faults)
@@ -316,3 +317,11 @@ def _prune_inherited_objective_keys(merged: Merged) -> None:
     for path in inherited:
         if path.partition(".")[2] not in known:
             merged.drop(path)
+
+
+def _prune_inherited_warmup(merged: Merged) -> None:
+    """Drop a warm-up that an earlier layer set for another schedule, where the chosen one is a fixed shape."""
+    section = merged.values.get("schedule")
+    is_fixed = isinstance(section, dict) and str(section.get("name")).startswith("budget-")
+    if is_fixed and "schedule.warmup" in merged.inherited:
+        merged.drop("schedule.warmup")

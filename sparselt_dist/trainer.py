@@ -45,6 +45,7 @@ class Progress:
     tokens: int = 0
     position: int = 0  # samples drawn, over all ranks
     seconds: float = 0.0  # of training, restarts included, by rank 0's clock
+    step_seconds: float = 0.0  # of the last step, by rank 0's clock: what the next one will need
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,6 +127,7 @@ class Trainer:
         self.clock = clock
         self.budget = Budget.from_section(config.budget)
         self.device = engine.device
+        self.is_first_step = True
         self.step_seconds = 0.0
         self.log_seconds = 0.0
         self.checkpoint_seconds = 0.0
@@ -143,6 +145,7 @@ class Trainer:
             result = self._train_step(micro_batches, started)
             after = self.ledger.seconds()
             # A step's time runs from the last step's end, its logging included, evaluations and checkpoints not.
+            self.is_first_step = False
             self.step_seconds = sum(after.values()) - sum(before.values()) + self.log_seconds
             data_seconds = after["data"] - before["data"]
             done = self.spent()
@@ -171,7 +174,7 @@ class Trainer:
             steps=self.progress.step,
             tokens=self.progress.tokens,
             seconds=self.progress.seconds,
-            next_step_seconds=self.step_seconds,
+            next_step_seconds=self.progress.step_seconds,
         )
 
     def fraction(self) -> float:
@@ -203,7 +206,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.position += batch_size
-        self.progress.seconds = seconds
+        self.progress.step_seconds, self.progress.seconds = seconds - self.progress.seconds, seconds
         if norm is None:
             norm = self.engine.get_global_grad_norm()
         return StepResult(sums, tokens, digest, lr, None if norm is None else float(norm), stop)
@@ -262,7 +265,7 @@ class Trainer:
         num_targets = batch["num_targets"]
         self.engine.set_gradient_accumulation_boundary(last)
         # Compilation is lazy: it happens in the first passes of a start.
-        compiling = self.config.train.compile and self.step_seconds == 0.0
+        compiling = self.config.train.compile and self.is_first_step
         with self.ledger.phase("compile" if compiling else "forward"):
             output: LossOutput = self.engine(_to_device(batch, self.device))
             sums.add_output(output, num_targets.to(self.device))

@@ -324,3 +324,11 @@ def test_faults_in_a_plugins_keys_are_reported_like_ours(overrides: list[str], e
 def test_keys_of_a_profiles_objective_do_not_stand_in_the_way_of_another() -> None:
     config = load_config(["quickstart"], ["objective.name=plain"])
     assert config.objective.own_keys() == {}
+
+
+def test_a_warmup_for_another_schedule_is_not_inherited_by_a_fixed_shape(tmp_path: Path) -> None:
+    assert load_config(["quickstart"]).schedule.warmup > 0
+    assert load_config(["quickstart"], ["schedule.name=budget-triangle2"]).schedule.warmup == 0
+    assert load_config(["quickstart"], ["schedule.name=linear"]).schedule.warmup > 0
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: found 0.2, expected 0"):
+        load_config(["quickstart"], ["schedule.name=budget-triangle2", "schedule.warmup=0.2"])
