@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def test_the_crammed_recipe_ends_at_its_deadline_on_all_ranks(shards: Path, tmp_
     peak = max(rates)
     assert rates[0] == pytest.approx(0.25 * 3e-3, rel=0.2)
     assert rates[-1] < 0.4 * peak and rates.index(peak) > len(rates) // 3
-    tokens = [later["progress/tokens"] - line["progress/tokens"] for line, later in zip(lines, lines[1:], strict=False)]
+    tokens = [later["progress/tokens"] - line["progress/tokens"] for line, later in itertools.pairwise(lines)]
     assert lines[0]["progress/tokens"] == 4 * 32 and max(tokens) == 32 * 32 and tokens == sorted(tokens)
     assert run.summary["steps"] == last["step"]
 
