@@ -72,8 +72,13 @@ forward() {
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM
 
+arguments=("$@")
+if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+    arguments+=(--resume auto) # whatever the first start was told, a later one continues it
+fi
+
 export PYTHONUNBUFFERED=1
-srun "${options[@]}" ${hold[@]+"${hold[@]}"} "$python" -m sparselt_dist.pretrain "$@" &
+srun "${options[@]}" ${hold[@]+"${hold[@]}"} "$python" -m sparselt_dist.pretrain ${arguments[@]+"${arguments[@]}"} &
 step=$!
 
 while :; do # a signal ends the wait, not the step

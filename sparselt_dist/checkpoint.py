@@ -5,8 +5,9 @@ A checkpoint is written into a temporary folder, every file flushed to disk, its
 rotate. A kill at any moment leaves the earlier checkpoints as they were. Only complete checkpoints load or rotate;
 what cannot be read is never deleted.
 
-Layout: `weights-00000.safetensors` and `moments-00000.safetensors` (one of each a writing rank), `rank_00000.pt` (random
-state of a rank), `meta.json` (step, tokens, cursor, clock, configuration, hashes).
+Layout: `config.json` (the Hugging Face configuration of the backbone), `weights-00000.safetensors` and
+`moments-00000.safetensors` (one of each a writing rank), `rank_00000.pt` (random state of a rank), `meta.json` (step, tokens,
+cursor, clock, configuration, hashes).
 """
 
 from __future__ import annotations
@@ -236,6 +237,7 @@ def save(
     weights: Iterator[tuple[str, torch.Tensor]],
     moments: Iterator[tuple[str, torch.Tensor]],
     rank_state: dict[str, Any],
+    architecture: dict[str, Any],
     meta: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -258,7 +260,7 @@ def save(
         raise CheckpointError(f"checkpoint {final}: cannot be written ({failures[0]}); free space or mend permissions")
     meta = {"format": FORMAT, "step": step, "world_size": ranks.world_size, **meta}
     meta["files"] = {name: entry for part in noted for name, entry in part.items()}  # type: ignore[union-attr]
-    distributed.on_main(ranks, lambda: _commit(staging, final, meta, keep))
+    distributed.on_main(ranks, lambda: _commit(staging, final, architecture, meta, keep))
     return final
 
 
@@ -289,13 +291,26 @@ def _write_rank_files(
     return files
 
 
+def _move_aside(folder: Path) -> None:
+    folder.rename(folder.with_name(f"{folder.name}.aside-{os.getpid()}"))
+
+
+def set_aside_after(run_dir: Path, step: int) -> None:
+    """Move checkpoints later than the step a start continues from out of the way, for they are no part of its run.
+
+    They are of an abandoned branch or damaged; left in place they would be rotated as the newest, and resumed from.
+    """
+    for path in complete_checkpoints(run_dir):
+        if int(_NAME.search(path.name).group(1)) > step:  # type: ignore[union-attr]
+            _move_aside(path)
+
+
 def _start_staging(staging: Path, final: Path) -> None:
     try:
         if staging.exists():
             shutil.rmtree(staging)  # our own unfinished attempt
         if final.exists():
-            # Unfinished or damaged, so it is moved aside rather than deleted.
-            final.rename(final.with_name(f"{final.name}.unusable-{os.getpid()}"))
+            _move_aside(final)  # unfinished or damaged; never deleted
         staging.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(
@@ -303,8 +318,9 @@ def _start_staging(staging: Path, final: Path) -> None:
         ) from None
 
 
-def _commit(staging: Path, final: Path, meta: dict[str, Any], keep: int) -> None:
+def _commit(staging: Path, final: Path, architecture: dict[str, Any], meta: dict[str, Any], keep: int) -> None:
     try:
+        _write_text(staging / "config.json", json.dumps(architecture, indent=1))
         _write_text(staging / "meta.json", json.dumps(meta, indent=1))
         _write_text(staging / "COMPLETE", f"{meta['step']}\n")
         _sync(staging)

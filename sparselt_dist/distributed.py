@@ -7,6 +7,7 @@ A stop signal only sets a flag; the training loop asks all ranks once a step and
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import warnings
@@ -75,9 +76,16 @@ def ranks_from_environment(environment: dict[str, str] | None = None) -> Ranks:
     return Ranks(rank, world_size, _integer(names[2], env.get(names[2], "0")))
 
 
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm list such as `gpu[03-05,9],login`."""
+    first = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    return "".join(part or "" for part in first.groups()) if first else nodes
+
+
 def _rendezvous_defaults() -> None:
     """Address and port where a launcher gave none (alone, or plain srun on one node)."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes) if "SLURM_PROCID" in os.environ else "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         if "SLURM_JOB_ID" in os.environ:
             step = int(os.environ.get("SLURM_STEP_ID", "0"))

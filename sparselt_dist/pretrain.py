@@ -70,14 +70,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, started: float) -> int:
-    if _answer(args):
-        return 0
     ranks = ranks_from_environment()
+    if not ranks.is_main and (args.list_objectives or args.list_profiles or args.print_config):
+        return cli.EXIT_DONE  # rank 0 prints it
+    if _answer(args):
+        return cli.EXIT_DONE
     try:
         config = load_config(args.config, args.overrides, default_profile="quickstart")
         if args.print_config:
             print(dump(config), end="")
-            return 0
+            return cli.EXIT_DONE
         # Faults of these show before anything heavy is imported.
         make_plan(config, ranks.world_size)
         if config.log.mlflow_uri is not None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,20 +28,24 @@ from sparselt_dist.run_start import Data, Start, find_start, open_data, write_st
 from sparselt_dist.trainer import Outcome, Trainer
 
 if TYPE_CHECKING:
+    from sparselt_dist.data.shards import ShardFolder
     from sparselt_dist.models.backbone import Backbone, PretrainingModel
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
+STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
+IDENTITY_SECONDS = 20.0  # how long for the store to name the run
 
 
 def build_engine(config: Config, plan: RunPlan, data: Data, start: Start, ranks: distributed.Ranks) -> DeepSpeedEngine:
     """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint."""
+    settings = distributed.agreed(ranks, lambda: resolve_deepspeed(config, plan))
     model = distributed.agreed(ranks, lambda: _loaded_model(config, data, start.checkpoint))
     if config.train.compile:
         model.backbone.body.compile()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.optim),
-        config=resolve_deepspeed(config, plan),
+        config=settings,
         dist_init_required=False,
     )
     if start.checkpoint is not None:
@@ -78,25 +82,36 @@ def _rank_state() -> dict[str, Any]:
     return state
 
 
-def _flop_rate(config: Config, backbone: Backbone, engine: DeepSpeedEngine, world_size: int) -> float:
-    """MFU of one token a second: FLOPs of a token over the peak of all devices."""
-    hf = backbone.config
-    embeddings = sum(p.numel() for p in backbone.get_input_embeddings().parameters())
-    total = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters())
-    length = float(config.data.sequence_length or 512)
-    probability = 1.0 if backbone.is_causal else float(str(config.objective.own_keys().get("mlm_probability", 0.15)))
-    cost = flops_per_token(
-        num_backbone_parameters=max(total - embeddings, 0),
-        num_layers=int(hf.num_hidden_layers),
-        hidden_size=int(hf.hidden_size),
-        mean_length=length,
-        targets_per_token=probability if backbone.has_head else 0.0,
-        vocab_size=int(hf.vocab_size) if backbone.has_head else 0,
-    )
+def _utilisation(
+    config: Config, engine: DeepSpeedEngine, row_length: float, world_size: int
+) -> Callable[[float], float]:
+    """Targets a token to the MFU of one token a second: a token's FLOPs over the peak of all devices."""
+    backbone: Backbone = engine.module.backbone
     given = config.log.peak_tflops
     peak = given * 1e12 if given is not None else peak_flops(engine.device, config.train.precision)
-    # On a CPU the ranks share the cores that the peak was measured on by one rank's threads.
-    return cost / (peak * world_size)
+    tables = [module for module in backbone.modules() if isinstance(module, torch.nn.Embedding)]
+    tables += filter(None, [backbone.model.get_output_embeddings()])
+    outside = {id(parameter) for table in tables for parameter in table.parameters()}
+    inside = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters() if id(p) not in outside)
+
+    def utilisation(targets_per_token: float) -> float:
+        cost = flops_per_token(
+            num_backbone_parameters=inside,
+            num_layers=int(backbone.config.num_hidden_layers),
+            hidden_size=backbone.hidden_size,
+            mean_length=row_length,
+            targets_per_token=targets_per_token if backbone.has_head else 0.0,
+            vocab_size=backbone.vocab_size if backbone.has_head else 0,
+        )
+        return cost / (peak * world_size)
+
+    return utilisation
+
+
+def _row_length(folder: ShardFolder) -> float:
+    """Tokens a row: what attention spans."""
+    manifest = folder.manifest
+    return float(manifest.sequence_length or manifest.tokens / max(manifest.samples, 1))
 
 
 class Run:
@@ -124,6 +139,9 @@ class Run:
         self.dir = Path(plan.output_dir)
         self.journal = Journal(self.dir) if ranks.is_main else None
         self.last_values: dict[str, Any] = {}
+        for line in Journal.read(self.dir) if ranks.is_main else []:
+            self.last_values.update(line)
+        self.newest = start.checkpoint or self.dir
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
         self.trainer = Trainer(
             config,
@@ -149,7 +167,7 @@ class Run:
             stop_flag=stop_flag,
             on_log=self.log,
             on_save=self.save,
-            flops_per_second_per_token=_flop_rate(config, engine.module.backbone, engine, ranks.world_size),
+            utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
         )
 
     def train(self) -> Outcome:
@@ -174,8 +192,8 @@ class Run:
         return {
             "name": self.config.run.name,
             "objective": self.config.objective.name,
-            "steps": progress.step,
-            "tokens": progress.tokens,
+            "steps": self.last_values.get("step", 0),
+            "tokens": self.last_values.get("progress/tokens", 0),
             "seconds": progress.seconds,
             "world_size": self.ranks.world_size,
             "model_dir": str(model_dir) if model_dir.exists() else None,
@@ -203,13 +221,16 @@ class Run:
     def save(self) -> None:
         """Commit a checkpoint of this moment."""
         progress = self.trainer.progress
-        checkpoint.save(
+        if self.journal is not None:
+            self.journal.sync()  # a checkpoint must not be ahead of the record
+        self.newest = checkpoint.save(
             self.dir,
             progress.step,
             ranks=self.ranks,
             weights=engine_state.gather_weights(self.engine),
             moments=engine_state.gather_moments(self.engine),
             rank_state=_rank_state(),
+            architecture=self.engine.module.backbone.config.to_dict(),
             meta={
                 "progress": progress.as_dict(),
                 "tokens": progress.tokens,
@@ -226,44 +247,34 @@ class Run:
         )
 
     def _finish(self) -> None:
-        """After the budget: last checkpoint, held-out loss, yardsticks, export, last line."""
+        """After the budget: last checkpoint, held-out loss, yardsticks, export; the last line gets the figures."""
         self.trainer.save()
-        line = {"step": self.trainer.progress.step, **self.trainer.last_line}
-        line.update(self.trainer.evaluate())
-        if self.ranks.is_main:
-            newest = checkpoint.find(self.dir)
-            with self.ledger.phase("evaluate"):
-                line.update(self._yardsticks(newest))
-            with self.ledger.phase("checkpoint"):
-                self._export(newest, line)
-            self._log_last(line)
-        distributed.barrier()
+        line = {"step": self.trainer.progress.step, **self.trainer.evaluate()}
+        line.update(distributed.on_main(self.ranks, self._yardsticks))
+        distributed.on_main(self.ranks, lambda: self._export({**self.last_values, **line}))
+        self.trainer.log(line)  # the journal joins lines of one step
 
-    def _yardsticks(self, newest: Path) -> dict[str, float]:
+    def _yardsticks(self) -> dict[str, float]:
         from sparselt_dist.evaluation.yardsticks import run_yardsticks
+        from sparselt_dist.models.loading import load_checkpoint
 
         if not self.config.train.yardsticks or self.data.validation is None:
             return {}
         self.console.message("measuring the yardsticks on held-out text")
-        model = _loaded_model(self.config, self.data, newest)  # whole on one device, whatever the ZeRO stage was
-        return run_yardsticks(
-            model.backbone.to(self.engine.device),
-            self.data.train,
-            self.data.validation,
-            self.data.tokenizer,
-            device=self.engine.device,
-        )
+        with self.ledger.phase("evaluate"):
+            return run_yardsticks(
+                load_checkpoint(self.newest).model.backbone.to(self.engine.device),  # whole, whatever the ZeRO stage
+                self.data.train,
+                self.data.validation,
+                self.data.tokenizer,
+                device=self.engine.device,
+            )
 
-    def _export(self, newest: Path, line: dict[str, Any]) -> None:
+    def _export(self, metrics: dict[str, Any]) -> None:
         from sparselt_dist.models.exporting import export_checkpoint
 
-        export_checkpoint(newest, self.dir / "model", metrics=line)
-
-    def _log_last(self, line: dict[str, Any]) -> None:
-        """Complete the last step's line, which an earlier start may have written already."""
-        assert self.journal is not None
-        earlier = [old for old in Journal.read(self.dir) if old["step"] == line["step"]]
-        self.trainer.log({**(earlier[-1] if earlier else {}), **line})  # the journal joins lines of one step
+        with self.ledger.phase("checkpoint"):
+            export_checkpoint(self.newest, self.dir / "model", metrics=metrics)
 
 
 def _start_follower(config: Config, run_dir: Path, ranks: distributed.Ranks) -> subprocess.Popen[bytes] | None:
@@ -279,12 +290,14 @@ def _close(
     """Write the summary, which tells the follower to end, wait for it, and say how it went."""
     if not ranks.is_main:
         return
-    summary = {"status": status, "mlflow_run_id": mlflow_identity(run_dir) if follower is not None else None}
+    patience = FOLLOWER_SECONDS if status == "finished" else STOPPED_SECONDS
+    identity = mlflow_identity(run_dir, min(patience, IDENTITY_SECONDS)) if follower is not None else None
+    summary: dict[str, Any] = {"status": status, "mlflow_run_id": identity}
     if run is not None:
         run.close()
         summary.update(run.summary())
     run_folder.write_json(run_dir / "summary.json", summary)
-    complaint = wait_follower(follower, run_dir, timeout_seconds=FOLLOWER_SECONDS) if follower is not None else ""
+    complaint = wait_follower(follower, run_dir, timeout_seconds=patience) if follower is not None else ""
     if complaint:
         print(complaint, file=sys.stderr)
     if run is not None and status != "failed":
@@ -313,6 +326,7 @@ def pretrain(
     run_dir = Path(plan.output_dir)
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
+    claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
     ledger.restore(start.ledger_seconds)
     distributed.on_main(ranks, lambda: write_start(run_dir, config, plan, data, ranks, start, profile, str(device)))
     follower = _start_follower(config, run_dir, ranks)
@@ -326,26 +340,33 @@ def pretrain(
     finally:
         console.close()
         _close(run, run_dir, ranks, status, follower)
+    distributed.barrier()  # a launcher that sees one rank end with 75 ends the others
     distributed.shut_down()
+    if claim is not None:
+        claim.close()
     return status
 
 
 def dry_run(
     config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag, *, profile: str, started: float
 ) -> Outcome:
-    """Everything a run does, for two steps, in a folder that is removed after: the shards it needs are prepared and kept."""
-    folder = os.path.join(tempfile.gettempdir(), f"sparselt-dry-run-{os.environ.get('MASTER_PORT', os.getpid())}")
+    """Everything a run does, for two steps, in a folder that is removed after; shards it needs are prepared and kept."""
+    folder = Path(make_plan(config, ranks.world_size).output_dir + ".dry-run")
     short = config.model_copy(
         update={
-            "run": config.run.model_copy(update={"output_dir": folder}),
+            "run": config.run.model_copy(update={"output_dir": str(folder)}),
             "budget": config.budget.model_copy(update={"max_steps": 2}),
             "log": config.log.model_copy(update={"mlflow_uri": None, "every_steps": 1}),
             "train": config.train.model_copy(update={"yardsticks": False, "evaluate_samples": 64}),
         }
     )
+    if ranks.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
     try:
-        return pretrain(short, ranks, stop_flag, resume="auto", profile=profile, started=started)
+        outcome = pretrain(short, ranks, stop_flag, resume="auto", profile=profile, started=started)
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-            print("dry run: two steps, evaluation, checkpoint and export went through; the run folder was removed")
+    if ranks.is_main and outcome == "finished":
+        print("dry run: two steps, evaluation, checkpoint and export went through; the run folder was removed")
+    return outcome

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import filecmp
 import json
 import platform
 import shutil
@@ -15,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sparselt_dist import checkpoint
 from sparselt_dist.errors import CheckpointError
@@ -71,6 +73,7 @@ def _move_aside(run_dir: Path, warn: Callable[[str], None]) -> None:
     """Keep an earlier run that stands where a new one was asked for."""
     if not (run_dir / "metrics.jsonl").exists() and not checkpoint.complete_checkpoints(run_dir):
         return
+    lock(run_dir).close()  # nobody trains in it
     aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         run_dir.rename(aside)
@@ -107,9 +110,30 @@ def run_id(run_dir: Path) -> str:
 
 
 def copy_tokenizer(shards: Path, run_dir: Path) -> None:
-    """Keep the tokenizer with the run, so that checkpoints can be used without the shards."""
-    if not (run_dir / "tokenizer").exists():
-        shutil.copytree(shards / "tokenizer", run_dir / "tokenizer")
+    """Keep the shards' tokenizer with the run, so that checkpoints can be used without the shards."""
+    source, target, staging = shards / "tokenizer", run_dir / "tokenizer", run_dir / "tokenizer.partial"
+    if target.exists() and filecmp.cmp(source / "tokenizer.json", target / "tokenizer.json", shallow=False):
+        return
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Claim the folder for this process as long as the returned file is open.
+
+    Raises:
+        CheckpointError: another process trains in it.
+    """
+    file = (run_dir / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise CheckpointError(
+            f"run.output_dir: another process trains in {run_dir}; wait for it, stop it, or choose another folder"
+        ) from None
+    return file
 
 
 def environment(profile: str, data_sha256: str, world_size: int, device: str) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sparselt_dist import checkpoint, distributed, run_folder
 from sparselt_dist.config import Config
@@ -13,13 +16,16 @@ from sparselt_dist.data.shards import ShardFolder
 from sparselt_dist.data.tokenizer import check_tokenizer, tokenizer_info
 from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.follower import resolve_store_uri
-from sparselt_dist.journal import Journal
+from sparselt_dist.journal import Journal, replace_file
 from sparselt_dist.metrics import ConsoleProgress
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
 from sparselt_dist.trainer import Progress
 
 if TYPE_CHECKING:
     from sparselt_dist.objectives.base import TokenizerInfo
+
+CHECKED_TOKENS = 50_000_000  # ids looked at before a start: a fraction of a second; later ones are checked when drawn
+CHECKED_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,10 @@ def open_data(config: Config, ranks: distributed.Ranks) -> Data:
     train, validation = config.data.train, config.data.validation
     if train is None:
         train, validation = distributed.on_main(ranks, lambda: _prepared(config))
-    return distributed.agreed(ranks, lambda: _opened(train, validation))
+    return distributed.agreed(ranks, lambda: _opened(config, train, validation))
 
 
-def _opened(train: str, validation: str | None) -> Data:
+def _opened(config: Config, train: str, validation: str | None) -> Data:
     folder = ShardFolder(train)
     check_tokenizer(folder.path)
     held_out = ShardFolder(validation) if validation is not None else None
@@ -56,7 +62,26 @@ def _opened(train: str, validation: str | None) -> Data:
         raise DataError(
             f"data.validation: {validation} was tokenized otherwise than data.train {train}; prepare both together"
         )
+    for opened in (folder, held_out):
+        if opened is not None:
+            _check_rows(config, opened)
     return Data(folder, held_out, tokenizer_info(folder.path))
+
+
+def _check_rows(config: Config, folder: ShardFolder) -> None:
+    """The model is made for the rows' length, and the first ids (all, in most folders) lie inside the vocabulary."""
+    found, wanted = folder.manifest.sequence_length, config.data.sequence_length
+    if found is not None and wanted is not None and found > wanted:
+        raise DataError(
+            f"{folder.path}: its rows have {found} tokens, data.sequence_length is {wanted}; "
+            f"set data.sequence_length={found} or prepare again"
+        )
+    unread = CHECKED_TOKENS
+    for sample in range(0, folder.num_samples, CHECKED_AT_ONCE):
+        if unread <= 0:
+            return
+        block = folder.read(np.arange(sample, min(sample + CHECKED_AT_ONCE, folder.num_samples)))
+        unread -= sum(len(ids) for ids in block)
 
 
 def _prepared(config: Config) -> tuple[str, str | None]:
@@ -74,6 +99,12 @@ def find_start(
     found = distributed.on_main(ranks, lambda: run_folder.find_start(run_dir, resume, console.message))
     if found is None:
         return Start(None, Progress(), {})
+    meta = distributed.agreed(ranks, lambda: _matching_meta(found, config, data))
+    console.message(f"continuing from {found} at step {meta['step']}")
+    return Start(found, Progress(**meta["progress"]), meta["ledger_seconds"])
+
+
+def _matching_meta(found: Path, config: Config, data: Data) -> dict[str, Any]:
     meta = checkpoint.read_meta(found)
     expected = {
         "objective": config.objective.name,
@@ -86,8 +117,23 @@ def find_start(
                 f"checkpoint {found}: {key} was {meta[key]}, this run has {ours}; "
                 "continue with the same, choose another run.output_dir, or --resume never"
             )
-    console.message(f"continuing from {found} at step {meta['step']}")
-    return Start(found, Progress(**meta["progress"]), meta["ledger_seconds"])
+    return meta
+
+
+def _resolved(config: Config, plan: RunPlan) -> Config:
+    """The configuration with nothing left to the place it was started from; `--config` takes it back."""
+    uri = config.log.mlflow_uri and resolve_store_uri(config.log.mlflow_uri)
+    model = config.model
+    if model.init_from is not None:  # the checkpoint's architecture was followed
+        stored = json.loads((Path(model.init_from) / "config.json").read_text())
+        model = model.model_copy(update={"architecture": stored["model_type"]})
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"output_dir": plan.output_dir}),
+            "log": config.log.model_copy(update={"mlflow_uri": uri}),
+            "model": model,
+        }
+    )
 
 
 def write_start(
@@ -100,23 +146,21 @@ def write_start(
     profile: str,
     device: str,
 ) -> None:
-    """The run folder's files of a start, and the journal cut back to the step continued from."""
-    uri = config.log.mlflow_uri and resolve_store_uri(config.log.mlflow_uri)
-    resolved = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"output_dir": plan.output_dir}),
-            "log": config.log.model_copy(update={"mlflow_uri": uri}),
-        }
-    )
-    (run_dir / "config.resolved.yaml").write_text(dump(resolved))
-    run_folder.write_json(run_dir / "ds_config.resolved.json", resolve_deepspeed(config, plan))
-    manifest_hash = data.train.manifest.sha256
-    run_folder.write_json(
-        run_dir / "environment.json", run_folder.environment(profile, manifest_hash, ranks.world_size, device)
-    )
-    run_folder.run_id(run_dir)
-    run_folder.copy_tokenizer(data.train.path, run_dir)
+    """The run folder's files of a start; journal and checkpoints cut back to the step continued from."""
+    step = start.progress.step
+    environment = run_folder.environment(profile, data.train.manifest.sha256, ranks.world_size, device)
+    try:
+        replace_file(run_dir / "config.resolved.yaml", dump(_resolved(config, plan)).encode())
+        run_folder.write_json(run_dir / "ds_config.resolved.json", resolve_deepspeed(config, plan))
+        run_folder.write_json(run_dir / "environment.json", environment)
+        run_folder.run_id(run_dir)
+        run_folder.copy_tokenizer(data.train.path, run_dir)
+        checkpoint.set_aside_after(run_dir, step)
+        (run_dir / "summary.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"run.output_dir: {run_dir} cannot be written ({error}); free space or choose another"
+        ) from None
     journal = Journal(run_dir)
-    journal.cut_back(start.progress.step)
+    journal.cut_back(step)
     journal.close()
-    (run_dir / "summary.json").unlink(missing_ok=True)

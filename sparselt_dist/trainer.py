@@ -22,6 +22,7 @@ from sparselt_dist.budget import Budget, batch_size_at, lr_multiplier
 from sparselt_dist.config import Config
 from sparselt_dist.data.batch import Batch
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
+from sparselt_dist.errors import SparseltError
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Progress:
     tokens: int = 0
     position: int = 0  # samples drawn, over all ranks
     seconds: float = 0.0  # of training, restarts included, by rank 0's clock
-    step_seconds: float = 0.0  # of the last step, by rank 0's clock: what the next one will need
+    step_seconds: float = 0.0  # what a step takes by rank 0's clock, evaluations and a start's first step left out
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +84,7 @@ class StepResult:
     """What one step gives to the log."""
 
     sums: Sums
+    targets: float
     tokens: int
     digest: int
     lr: float
@@ -108,7 +110,7 @@ class Trainer:
         stop_flag: distributed.StopFlag,
         on_log: Callable[[dict[str, Any]], None],
         on_save: Callable[[], None],
-        flops_per_second_per_token: float,
+        utilisation: Callable[[float], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -123,16 +125,17 @@ class Trainer:
         self.stop_flag = stop_flag
         self.on_log = on_log
         self.on_save = on_save
-        self.mfu_per_token_rate = flops_per_second_per_token
+        self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
         self.budget = Budget.from_section(config.budget)
         self.device = engine.device
         self.is_first_step = True
+        self.usual_step_seconds = progress.step_seconds
         self.step_seconds = 0.0
         self.log_seconds = 0.0
         self.checkpoint_seconds = 0.0
         self.first_batch_seconds: float | None = None
-        self.last_line: dict[str, Any] = {}
+        self.data_fault: SparseltError | None = None
 
     # ---------------------------------------------------------------- the loop
 
@@ -145,8 +148,10 @@ class Trainer:
             result = self._train_step(micro_batches, started)
             after = self.ledger.seconds()
             # A step's time runs from the last step's end, its logging included, evaluations and checkpoints not.
-            self.is_first_step = False
             self.step_seconds = sum(after.values()) - sum(before.values()) + self.log_seconds
+            if not self.is_first_step:
+                self.usual_step_seconds = self.step_seconds
+            self.is_first_step = False
             data_seconds = after["data"] - before["data"]
             done = self.spent()
             line_due = result.stop or done or self._due(self.config.log.every_steps) or self.config.log.batch_digest
@@ -157,9 +162,7 @@ class Trainer:
                     line = self._line(result, data_seconds)
             if evaluation_due:
                 line.update(self.evaluate())
-            if done:
-                self.last_line = line  # logged with the final evaluation
-            elif line:
+            if line:
                 self.log(line)
             self.log_seconds = self.ledger.seconds()["log"] - after["log"]
             if result.stop or (not done and self._due(self.config.checkpoint.every_steps)):
@@ -186,6 +189,12 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 
+    def _line_may_be_due(self, step: int) -> bool:
+        """Whether the journal gets a line for a step, as far as it can be known before its end."""
+        every = (self.config.log.every_steps, self.config.train.evaluate_every_steps)
+        last = self.config.budget.max_steps == step or self.stop_flag.is_set
+        return last or self.config.log.batch_digest or any(number and step % number == 0 for number in every)
+
     # ---------------------------------------------------------------- one step
 
     def _train_step(self, micro_batches: Iterator[MicroBatch], started: float) -> StepResult:
@@ -199,21 +208,21 @@ class Trainer:
         for number, micro_batch in enumerate(drawn):
             last = number == len(drawn) - 1
             self._forward_backward(micro_batch.batch, targets, sums, last)
-        stop, seconds = self._agree_before_update(sums, started)
+        stop, seconds, usual = self._agree_before_update(sums, started)
         with self.ledger.phase("optimizer"):
             norm = self._own_gradient_norm()
             self.engine.step()
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.position += batch_size
-        self.progress.step_seconds, self.progress.seconds = seconds - self.progress.seconds, seconds
+        self.progress.seconds, self.progress.step_seconds = seconds, usual
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return StepResult(sums, tokens, digest, lr, None if norm is None else float(norm), stop)
+        return StepResult(sums, targets, tokens, digest, lr, None if norm is None else float(norm), stop)
 
     def _own_gradient_norm(self) -> torch.Tensor | None:
         """The norm before clipping where DeepSpeed keeps none (no ZeRO); only for a step that is logged."""
-        if self.engine.zero_optimization_stage() > 0 or (self.progress.step + 1) % self.config.log.every_steps:
+        if self.engine.zero_optimization_stage() > 0 or not self._line_may_be_due(self.progress.step + 1):
             return None
         scaler = self.engine.torch_autocast_z0_gradscaler
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
@@ -243,23 +252,38 @@ class Trainer:
     def _draw(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         started = self.clock()
         with self.ledger.phase("data"):
-            drawn = [next(micro_batches) for _ in range(count)]
+            try:
+                drawn = [next(micro_batches) for _ in range(count)]
+            except SparseltError as fault:  # raised on all ranks by `_agree_on_targets`
+                self.data_fault, drawn = fault, []
         if self.first_batch_seconds is None:
             self.first_batch_seconds = self.clock() - started
         return drawn
 
     def _agree_on_targets(self, drawn: list[MicroBatch]) -> tuple[float, int, int]:
-        """Targets and tokens of the global step, and its digest: the one sum over ranks."""
+        """Targets and tokens of the global step, and its digest: the one sum over ranks.
+
+        Raises:
+            DataError: on all ranks alike, a rank could not draw its micro-batches.
+        """
         digest = sum(micro_batch.digest for micro_batch in drawn) % 2**64
         numbers = [
+            float(self.data_fault is not None),
             float(sum(int(micro_batch.batch["num_targets"]) for micro_batch in drawn)),
             float(sum(int(micro_batch.batch["num_tokens"]) for micro_batch in drawn)),
             *(float(digest >> (16 * lane) & 0xFFFF) for lane in range(_LANES)),
         ]
         with self.ledger.phase("communication"):
-            total = distributed.reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+            summed = distributed.reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+        faults, *total = summed
+        if faults:
+            distributed.agreed(self.ranks, self._raise_data_fault)
         joined = sum(int(lane) << (16 * number) for number, lane in enumerate(total[2:])) % 2**64
         return max(total[0], 1.0), int(total[1]), joined
+
+    def _raise_data_fault(self) -> None:
+        if self.data_fault is not None:
+            raise self.data_fault
 
     def _forward_backward(self, batch: Batch, global_targets: float, sums: Sums, last: bool) -> None:
         num_targets = batch["num_targets"]
@@ -274,20 +298,20 @@ class Trainer:
             weight = float(num_targets) * self.ranks.world_size / global_targets
             self.engine.backward(output.loss * weight, scale_wrt_gas=False)
 
-    def _agree_before_update(self, sums: Sums, started: float) -> tuple[bool, float]:
-        """All losses finite, any rank asked to stop, rank 0's clock: the one minimum over ranks.
+    def _agree_before_update(self, sums: Sums, started: float) -> tuple[bool, float, float]:
+        """All losses finite, any rank asked to stop, rank 0's clock and usual step time: the one minimum over ranks.
 
         Raises:
             NonFiniteLossError: on all ranks alike, before the optimizer moves.
         """
         with self.ledger.phase("communication"):
             finite = bool(torch.isfinite(sums.values["loss"][0]))
-            elapsed = self.clock() - started if self.ranks.is_main else np.inf
-            numbers = torch.tensor([float(finite), -float(self.stop_flag.is_set), elapsed], dtype=torch.float64)
-            all_finite, stop, seconds = distributed.reduce_min(numbers.to(self.device)).tolist()
+            clock = (self.clock() - started, self.usual_step_seconds) if self.ranks.is_main else (np.inf, np.inf)
+            numbers = torch.tensor([float(finite), -float(self.stop_flag.is_set), *clock], dtype=torch.float64)
+            all_finite, stop, seconds, usual = distributed.reduce_min(numbers.to(self.device)).tolist()
         if not all_finite:
             self._raise_non_finite(finite)
-        return stop < 0, seconds
+        return stop < 0, seconds, usual
 
     def _raise_non_finite(self, own_is_finite: bool) -> None:
         reports = distributed.gather_objects(None if own_is_finite else self._sample_keys(), self.ranks)
@@ -341,7 +365,7 @@ class Trainer:
                 "budget/elapsed_seconds": self.progress.seconds,
                 "perf/tokens_per_second": tokens_per_second,
                 "perf/step_seconds": self.step_seconds,
-                "perf/mfu": tokens_per_second * self.mfu_per_token_rate,
+                "perf/mfu": tokens_per_second * self.utilisation(result.targets / max(result.tokens, 1)),
                 "perf/data_wait_fraction": data_seconds / self.step_seconds,
                 "perf/checkpoint_stall_seconds": self.checkpoint_seconds,
                 "perf/memory_gib": peak_memory_gib(),
@@ -361,7 +385,7 @@ class Trainer:
             self.on_log({**line, **times})
 
     def save(self) -> None:
-        """Commit a checkpoint; training waits for it."""
+        """Have a checkpoint committed; training waits for it."""
         started = self.clock()
         with self.ledger.phase("checkpoint"):
             self.on_save()

@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> No
     assert "was changed after it was saved" in again.output and "at step 3" in again.output
     assert again.code == 0, again.output
     checkpoint.verify(damaged.parent)  # written anew; the damaged one is kept beside it
-    (aside,) = damaged.parent.parent.glob("step_00000006.unusable-*")
+    (aside,) = damaged.parent.parent.glob("step_00000006.aside-*")
     assert (aside / damaged.name).read_bytes() == bytes(content)
     assert [line["step"] for line in again.journal] == [1, 2, 3, 4, 5, 6]
 

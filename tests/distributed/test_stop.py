@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import Finished, pretrain_arguments
+from runs import Finished, pretrain_arguments, run_ranks
 
 from sparselt_dist import checkpoint
 
@@ -84,3 +84,14 @@ def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str
     newest = checkpoint.find(folder)
     assert checkpoint.read_meta(newest)["step"] == run.summary["steps"] == run.journal[-1]["step"]
     checkpoint.verify(newest)
+
+
+def test_a_second_process_cannot_train_in_the_same_folder(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with started(shards, folder) as process:
+        second = run_ranks(1, shards, folder, *LONG)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 75
+    assert second.code == 2 and "another process trains in" in second.output
+    steps = [line["step"] for line in second.journal]
+    assert steps == list(range(1, len(steps) + 1))

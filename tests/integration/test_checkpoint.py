@@ -34,6 +34,7 @@ def save(run_dir: Path, step: int, keep: int = 2, model: nn.Module | None = None
         weights=((name, value.detach()) for name, value in model.named_parameters()),
         moments=moments,
         rank_state={"cpu": torch.get_rng_state()},
+        architecture={"model_type": "bert"},
         meta={"note": "x"},
         keep=keep,
     )
@@ -70,7 +71,7 @@ def test_an_unfinished_folder_of_that_step_is_moved_aside(tmp_path: Path) -> Non
     torn.mkdir(parents=True)
     (torn / "weights-00000.safetensors").write_bytes(b"half")
     save(tmp_path, 7)
-    (aside,) = torn.parent.glob("step_00000007.unusable-*")
+    (aside,) = torn.parent.glob("step_00000007.aside-*")
     assert (aside / "weights-00000.safetensors").read_bytes() == b"half"
 
 
@@ -104,3 +105,12 @@ def test_an_unwritable_folder_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="cannot be written"):
         save(tmp_path, 1)
+
+
+def test_later_checkpoints_of_another_branch_are_moved_aside_before_rotation(tmp_path: Path) -> None:
+    for step in (10, 100):
+        save(tmp_path, step)
+    checkpoint.set_aside_after(tmp_path, 10)
+    newest = save(tmp_path, 20, keep=1)
+    assert checkpoint.complete_checkpoints(tmp_path) == [newest]
+    assert list(newest.parent.glob("step_00000100.aside-*"))

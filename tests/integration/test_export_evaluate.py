@@ -147,10 +147,10 @@ def test_command_exports_a_runs_newest_checkpoint_into_its_model_folder(other_ru
 
 
 def test_a_checkpoint_of_another_model_is_refused(other_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    meta = _newest(other_run) / "meta.json"
-    content = json.loads(meta.read_text())
-    content["config"]["model"]["config"]["num_hidden_layers"] = 3
-    meta.write_text(json.dumps(content))
+    architecture = _newest(other_run) / "config.json"
+    content = json.loads(architecture.read_text())
+    content["num_hidden_layers"] = 3
+    architecture.write_text(json.dumps(content))
     assert export.main([str(other_run[0])]) == 2
     assert "encoder.layers.2" in capsys.readouterr().err
     assert not (other_run[0] / "model").exists()

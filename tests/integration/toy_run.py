@@ -129,6 +129,7 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
         "tokenizer_sha256": tokenizer_sha256(root / "tokenizer"),
         "files": {},
     }
+    (folder / "config.json").write_text(json.dumps(model.backbone.config.to_dict()))
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / "COMPLETE").write_text("")
     (run_dir / "run_id").write_text(run_id)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from sparselt_dist.distributed import StopFlag, ranks_from_environment
+from sparselt_dist.distributed import StopFlag, first_host, ranks_from_environment
 from sparselt_dist.errors import ConfigError
 
 
@@ -45,3 +45,17 @@ def test_a_signal_only_sets_the_flag() -> None:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node7", "node7"),
+        ("a,b", "a"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("r1n[1,4]-ib", "r1n1-ib"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
