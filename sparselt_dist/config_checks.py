@@ -40,7 +40,8 @@ def _find_architecture(name: str) -> Architecture | None:
 def prune_inherited_fields(merged: Merged) -> None:
     """Drop fields that an earlier layer set for another architecture, where the final one has none of that name.
 
-    A folder's own config.json stands as given, so nothing is inherited over it.
+    A folder's own config.json, of an architecture or of a checkpoint to start from, stands as given: nothing is inherited
+    over it.
     """
     inherited = [path for path in merged.inherited if path.startswith("model.config.")]
     model = merged.values.get("model")
@@ -48,7 +49,8 @@ def prune_inherited_fields(merged: Merged) -> None:
         return
     name = str(model.get("architecture"))
     try:
-        architecture = None if _is_folder(name) else _find_architecture(name)
+        stands = _is_folder(name) or model.get("init_from") is not None
+        architecture = None if stands else _find_architecture(name)
     except ValueError:
         architecture = None
     for path in inherited:

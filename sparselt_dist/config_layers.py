@@ -25,6 +25,7 @@ COMMAND_LINE = "command line"
 # section, the key that names an architecture or objective, and where that one's own keys lie
 _SCOPES = (
     ("model", "architecture", "model.config"),
+    ("model", "init_from", "model.config"),
     ("objective", "name", "objective"),
     ("schedule", "name", "schedule"),
 )

@@ -332,3 +332,11 @@ def test_a_warmup_for_another_schedule_is_not_inherited_by_a_fixed_shape(tmp_pat
     assert load_config(["quickstart"], ["schedule.name=linear"]).schedule.warmup > 0
     with pytest.raises(ConfigError, match=r"schedule\.warmup: found 0.2, expected 0"):
         load_config(["quickstart"], ["schedule.name=budget-triangle2", "schedule.warmup=0.2"])
+
+
+def test_a_checkpoint_to_start_from_inherits_no_sizes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "crammed-bert"}')
+    start = f"model.init_from={tmp_path}"
+    assert load_config(["quickstart"], [start]).model.config == {}
+    kept = load_config(["quickstart"], [start, "model.config.hidden_dropout_prob=0.1"]).model.config
+    assert kept == {"hidden_dropout_prob": 0.1}
