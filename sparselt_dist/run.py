@@ -66,7 +66,7 @@ def _loaded_model(config: Config, data: Data, source: Path | None) -> Pretrainin
 
 def _restore_rank(start: Start, ranks: distributed.Ranks, seed: int) -> None:
     """This rank's random state; after a change of the number of ranks a fresh one that follows from seed and step."""
-    torch.manual_seed((seed * 1_000_003 + start.progress.step) * 65_537 + ranks.rank)
+    torch.manual_seed(((seed * 1_000_003 + start.progress.step) * 65_537 + ranks.rank) % 2**63)
     if start.checkpoint is None or checkpoint.read_meta(start.checkpoint)["world_size"] != ranks.world_size:
         return
     state = torch.load(start.checkpoint / f"rank_{ranks.rank:05d}.pt", weights_only=True)
@@ -172,6 +172,8 @@ class Run:
 
     def train(self) -> Outcome:
         """Train to the end of the budget or a stop, and finish."""
+        if self.data.validation is None:
+            self.console.message("no held-out shards (data.validation): no evaluation and no yardsticks")
         outcome = self.trainer.run()
         if outcome == "finished":
             self._finish()
@@ -213,8 +215,8 @@ class Run:
         self.console.update(
             step=line["step"],
             fraction=fraction,
-            loss=line.get("train/loss"),
-            tokens_per_second=line.get("perf/tokens_per_second"),
+            loss=self.last_values.get("train/loss"),
+            tokens_per_second=self.last_values.get("perf/tokens_per_second"),
             seconds_left=seconds * (1 - fraction) / fraction if fraction else None,
         )
 
