@@ -84,7 +84,7 @@ def _budget_multiplier(name: str, x: float, *, past_deadline: bool) -> float:
 
 
 def batch_size_at(fraction: float, *, micro_batch_size: int, target: int, ramp_end: float = 0.6) -> int:
-    """Sequences of a global step at a spent share of the budget (cramming, spec 5.3).
+    """Sequences of a global step at a spent share of the budget (cramming).
 
     Grows in whole micro-batches from one to `target`, which it reaches at `ramp_end`. With k clock ticks spent:
     min((floor(k * target / (ramp_end * ticks) / micro) + 1) * micro, target).

@@ -39,12 +39,12 @@ class PrepareSection(Section):
     text_key: str = Field("text", description="field that holds the text in JSONL files and data sets")
     license: str = Field("unknown", description="licence of the text, recorded in the manifest")
     normalize: Literal["none", "nfc", "crammed"] = Field(
-        "nfc", description="nfc: Unicode NFC and tidy white space; crammed: lower-case ASCII (cramming, spec 3.1)"
+        "nfc", description="nfc: Unicode NFC and tidy white space; crammed: lower-case ASCII (cramming)"
     )
     min_characters: int = Field(200, ge=0, description="shorter documents are dropped, characters")
     max_characters: int | None = Field(None, ge=1, description="longer documents are dropped, characters")
     max_tokens_per_character: float | None = Field(
-        None, gt=0, description="documents with more are dropped (compressibility, cramming 3.4: 0.25)"
+        None, gt=0, description="documents with more are dropped (compressibility; cramming: 0.25)"
     )
     deduplicate_exact: bool = Field(True, description="drop documents whose normalised text was seen before")
     deduplicate_near: bool = Field(False, description="drop near duplicates by MinHash (datatrove)")
@@ -55,11 +55,11 @@ class PrepareSection(Section):
     tokenizer_characters: int = Field(100_000_000, ge=1, description="text used to train the tokenizer, characters")
     packing: Literal["concatenate", "documents"] = Field(
         "concatenate",
-        description="concatenate: rows of data.sequence_length tokens, remainder dropped (cramming 3.2); "
+        description="concatenate: rows of data.sequence_length tokens, remainder dropped (cramming); "
         "documents: kept whole; implied by data.sequence_length null",
     )
     order: Literal["shuffle", "source", "sentence-length"] = Field(
-        "shuffle", description="order of rows in the shards; sentence-length: the curriculum of cramming 3.6"
+        "shuffle", description="order of rows in the shards; sentence-length: the curriculum of cramming"
     )
     samples_per_shard: int = Field(8192, ge=1, description="rows or documents a shard")
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of documents held out, by hash of the text")
@@ -108,7 +108,7 @@ class TrainSection(Section):
         None,
         gt=0,
         le=1,
-        description="share of the budget at which the batch ramp ends (cramming 5.3: 0.6); null: no ramp",
+        description="share of the budget at which the batch ramp ends (cramming: 0.6); null: no ramp",
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
     compile: bool = Field(False, description="compile the backbone with torch.compile")

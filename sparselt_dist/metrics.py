@@ -52,7 +52,7 @@ _PLAIN_LINE_SECONDS: Final = 10.0
 _LIVE_LINE_SECONDS: Final = 0.1
 _MEASURE_SECONDS: Final = 0.3
 
-# Dense bf16/fp16 peaks in TFLOP/s (anchors 2b); the first pattern found in the device's name counts.
+# Dense bf16/fp16 peaks in TFLOP/s; the first pattern found in the device's name counts.
 _PEAK_TFLOPS: Final = (
     (r"\bB200\b", 2250.0),
     (r"\bG?H200\b", 989.0),
@@ -235,7 +235,7 @@ def flops_per_token(
     targets_per_token: float,
     vocab_size: int,
 ) -> float:
-    """FLOPs of forward and backward per real token (anchors 2b): 6 N + 12 L d (sum len^2 / sum len) + 6 p (d V + d^2).
+    """FLOPs of forward and backward per real token: 6 N + 12 L d (sum len^2 / sum len) + 6 p (d V + d^2).
 
     `num_backbone_parameters` without embeddings and head; `mean_length` is sum len^2 / sum len over the documents;
     `vocab_size` is 0 where the objective has no vocabulary head.

@@ -30,7 +30,7 @@ def normalize(text: str, how: Normalization) -> str:
     """The normalised text; every form is idempotent.
 
     `nfc`: Unicode NFC, line feeds, no control characters, single spaces, at most one blank line.
-    `crammed`: cramming spec 3.1; the quote and space rules are applied once more after the deletion, which could
+    `crammed`: as in cramming; the quote and space rules are applied once more after the deletion, which could
     otherwise bring two quotes or spaces together and make a second application differ.
     """
     if not text.isascii():

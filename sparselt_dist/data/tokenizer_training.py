@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-# role -> token, in the order of the ids; cramming spec 3.1 has its own begin and end tokens
+# role -> token, in the order of the ids; cramming has its own begin and end tokens
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 CRAMMED_SPECIAL_TOKENS = {
     "pad": "[PAD]",

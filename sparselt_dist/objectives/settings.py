@@ -15,7 +15,7 @@ class MLMConfig(BaseModel):
     masking: Literal["bernoulli", "exact"] = Field(
         "bernoulli",
         description="bernoulli: each position on its own (BERT, RoBERTa); "
-        "exact: round(p*L) a row, split in exact counts (cramming 4)",
+        "exact: round(p*L) a row, split in exact counts (cramming)",
     )
     mask_share: float = Field(0.8, ge=0, le=1, description="share of targets replaced by the mask token")
     random_share: float = Field(0.1, ge=0, le=1, description="share of targets replaced by a random id")

@@ -1,4 +1,4 @@
-"""Schedules, the batch ramp and the budget's arithmetic (cramming, spec 5)."""
+"""Schedules, the batch ramp and the budget's arithmetic."""
 
 import math
 

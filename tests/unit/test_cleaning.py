@@ -1,4 +1,4 @@
-"""Normalisation (cramming 3.1 and item 8 of its section 11), length filters, and the set of hashes."""
+"""Normalisation, length filters, and the set of hashes."""
 
 from __future__ import annotations
 
