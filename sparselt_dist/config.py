@@ -21,14 +21,37 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, description="seed of initial weights, data order and masks")
 
 
+class CorpusSection(Section):
+    """One corpus of a mixture."""
+
+    shards: str = Field(..., description="shard folder, pattern or URL, as data.train")
+    weight: float = Field(1.0, gt=0, description="share of the samples drawn, in any unit")
+
+
 class DataSection(Section):
-    train: str | None = Field(None, description="shard folder; null: prepare what the section `prepare` says")
-    validation: str | None = Field(None, description="held-out shard folder; null with train null: the prepared one")
+    train: str | list[CorpusSection] | None = Field(
+        None,
+        description="shard folder, http(s):// or s3:// URL, or a pattern ({000..127}, *) of folders or tars; several with "
+        "weights as [{shards: ..., weight: ...}, ...]; tars of raw text are tokenized on the fly; "
+        "null: prepare what the section `prepare` says",
+    )
+    validation: str | None = Field(None, description="held-out shards; null with train null: the prepared ones")
     sequence_length: int | None = Field(128, ge=8, description="tokens a row; null: documents kept whole")
     num_workers: int = Field(0, ge=0, description="loader processes a rank; 0: in the training process")
+    prefetch: int = Field(4, ge=1, description="micro-batches that a loader process keeps ready")
     shuffle_window: int = Field(
         16, ge=0, description="shards open at once; samples are permuted inside this window; 0: read in stored order"
     )
+    on_bad_shard: Literal["stop", "skip"] = Field(
+        "stop", description="a shard that stays unreadable or fails its checksum; skip: leave its samples out and count them"
+    )
+    verify_checksums: bool = Field(True, description="hash each local shard when it is opened; remote ones always are")
+    cache_dir: str | None = Field(
+        None, description="copies of remote shards, indexes of raw text; default ~/.cache/sparselt_dist"
+    )
+    cache_gib: float = Field(50.0, gt=0, description="bound of the copies of remote shards, GiB a machine")
+    download_attempts: int = Field(5, ge=1, description="tries to read a remote file, with growing pauses between")
+    download_timeout_seconds: float = Field(30.0, gt=0, description="longest wait for a connection, or for the next byte")
 
 
 class PrepareSection(Section):
@@ -53,9 +76,10 @@ class PrepareSection(Section):
     )
     vocab_size: int = Field(32768, ge=64, description="entries of a trained tokenizer")
     tokenizer_characters: int = Field(100_000_000, ge=1, description="text used to train the tokenizer, characters")
-    packing: Literal["concatenate", "documents"] = Field(
+    packing: Literal["concatenate", "best-fit", "documents"] = Field(
         "concatenate",
         description="concatenate: rows of data.sequence_length tokens, remainder dropped (cramming); "
+        "best-fit: rows of whole documents, only those longer than a row are cut; "
         "documents: kept whole; implied by data.sequence_length null",
     )
     order: Literal["shuffle", "source", "sentence-length"] = Field(
@@ -112,6 +136,7 @@ class TrainSection(Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
     compile: bool = Field(False, description="compile the backbone with torch.compile")
+    unpad: bool = Field(False, description="compute rows of unequal length without their padding; the result is the same")
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage; null: the DeepSpeed file's, else 0")
     deepspeed_config: str | None = Field(None, description="a file of ds_configs/ (by name) or a path")
     evaluate_every_steps: int | None = Field(None, ge=1, description="held-out loss during training; null: at the end")

@@ -133,7 +133,11 @@ def _same_place(first: str, second: str) -> bool:
 
 def _check_data(config: Config, merged: Merged, faults: Faults, for_training: bool) -> None:
     data, prepare = config.data, config.prepare
-    if data.train and data.validation and _same_place(data.train, data.validation):
+    parts = data.train if isinstance(data.train, list) else []
+    if data.train == []:
+        faults.add(merged.source("data.train"), "data.train", "[]", "at least one corpus", "name its shards")
+    places = [data.train] if isinstance(data.train, str) else [part.shards for part in parts]
+    if data.validation and any(_same_place(place, data.validation) for place in places):
         path = "data.validation"
         fix = "name other shards, or prepare with prepare.validation_fraction=0.01"
         faults.add(merged.source(path), path, show(data.validation), "other shards than data.train", fix)

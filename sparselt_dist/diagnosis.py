@@ -15,13 +15,16 @@ import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from sparselt_dist import extensions
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import make_plan, resolve_deepspeed
 from sparselt_dist.errors import SparseltError
+
+if TYPE_CHECKING:
+    from sparselt_dist.data.corpora import Corpora, Location
 
 GIB = 2**30
 _PACKAGES = ("torch", "deepspeed", "transformers", "mlflow", "datasets", "webdataset")
@@ -134,43 +137,42 @@ def check_data(config: Config, *, verify: bool) -> list[Finding]:
         found = f"none yet: `pretrain` prepares them from prepare.source={config.prepare.source}"
         return [Finding("note", "data.train", found)]
     findings: list[Finding] = []
-    for key, path in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if path is not None:
-            findings += _shard_findings(key, path, config, verify)
+    for key, where in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if where is not None:
+            findings += _shard_findings(key, where, config, verify)
     return findings
 
 
-def _shard_findings(key: str, path: str, config: Config, verify: bool) -> list[Finding]:
-    from sparselt_dist.data.shards import ShardFolder
-    from sparselt_dist.data.tokenizer import check_tokenizer
+def _shard_findings(key: str, where: Location, config: Config, verify: bool) -> list[Finding]:
+    from sparselt_dist.data.corpora import open_corpora
 
     try:
-        folder = ShardFolder(path)
-        check_tokenizer(folder.path)
+        corpora = open_corpora(where, config)
+        corpora.check_tokenizer()
     except SparseltError as error:
         return [_from_error(key, error)]
-    manifest = folder.manifest
-    content = f"{folder.num_samples:,} {manifest.kind} in {len(folder.shards)} shards"
-    found = f"{path}: {content}, vocabulary {manifest.vocab_size:,}"
+    manifest = corpora.manifest
+    content = f"{corpora.num_samples:,} {manifest.kind} in {len(manifest.shards)} shards"
+    found = f"{corpora.name}: {content}, vocabulary {manifest.vocab_size:,}"
     findings = [Finding("ok", key, found)]
     wanted = config.data.sequence_length
-    if manifest.kind == "rows" and wanted is not None and manifest.sequence_length != wanted:
+    if manifest.kind in ("rows", "packed") and wanted is not None and manifest.sequence_length != wanted:
         found = f"rows of {manifest.sequence_length} tokens, data.sequence_length is {wanted}"
         findings.append(
             Finding("error", key, found, f"set data.sequence_length={manifest.sequence_length}, or prepare anew")
         )
-    if key == "data.train" and folder.num_samples < config.train.global_batch_size:
-        found = f"{folder.num_samples} samples, fewer than one step of {config.train.global_batch_size}"
+    if key == "data.train" and corpora.num_samples < config.train.global_batch_size:
+        found = f"{corpora.num_samples} samples, fewer than one step of {config.train.global_batch_size}"
         findings.append(Finding("warning", key, found, "prepare more text, or lower train.global_batch_size"))
     if verify:
-        findings += _checksum_findings(key, path)
+        findings += _checksum_findings(key, corpora)
     return findings
 
 
-def _checksum_findings(key: str, path: str) -> list[Finding]:
+def _checksum_findings(key: str, corpora: Corpora) -> list[Finding]:
     from sparselt_dist.data.verification import verify
 
-    faults = verify(path)
+    faults = [fault for folder in corpora.folders for fault in verify(folder.location)]
     if not faults:
         return [Finding("ok", key, "every checksum, count and token id is right")]
     return [Finding("error", key, fault, "restore the file, or prepare the folder again") for fault in faults]

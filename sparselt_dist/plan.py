@@ -32,7 +32,7 @@ from sparselt_dist.planning import (
 from sparselt_dist.run_plan import RunPlan
 
 if TYPE_CHECKING:
-    from sparselt_dist.data.shards import Manifest
+    from sparselt_dist.data.manifest import Manifest
     from sparselt_dist.objectives.base import TokenizerInfo
 
 # name: memory GiB, dense 16-bit TFLOP/s, fp32 (TF32) TFLOP/s, assumed utilisation, assumed price an hour
@@ -94,11 +94,19 @@ def _device(args: argparse.Namespace, config: Config) -> Device:
 
 def _manifest(config: Config) -> Manifest | None:
     """The manifest of the training shards, if they are there."""
-    from sparselt_dist.data.shards import ShardFolder
+    from sparselt_dist.data.corpora import open_corpora
 
-    if config.data.train is None or not Path(config.data.train).exists():
+    where = config.data.train
+    if where is None or (isinstance(where, str) and _is_missing(where)):
         return None
-    return ShardFolder(config.data.train).manifest
+    return open_corpora(where, config).manifest
+
+
+def _is_missing(where: str) -> bool:
+    """Whether a location is a plain local path at which nothing is, yet."""
+    from sparselt_dist.data.storage import is_remote
+
+    return not (is_remote(where) or set(where) & set("{*?[") or Path(where).exists())
 
 
 def _tokenizer(config: Config, manifest: Manifest | None) -> TokenizerInfo:
@@ -144,7 +152,7 @@ def model_facts(config: Config, tokenizer: TokenizerInfo) -> ModelFacts:
 def _mean_length(config: Config, manifest: Manifest | None) -> float:
     if config.data.sequence_length is not None:
         return float(config.data.sequence_length)
-    return manifest.tokens / manifest.samples if manifest is not None else 512.0
+    return manifest.tokens / manifest.samples if manifest is not None and manifest.tokens else 512.0
 
 
 def _token_flops(facts: ModelFacts, length: float) -> float:

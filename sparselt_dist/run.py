@@ -28,7 +28,7 @@ from sparselt_dist.run_start import Data, Start, find_start, open_data, write_st
 from sparselt_dist.trainer import Outcome, Trainer
 
 if TYPE_CHECKING:
-    from sparselt_dist.data.shards import ShardFolder
+    from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.models.backbone import Backbone, PretrainingModel
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
@@ -108,10 +108,9 @@ def _utilisation(
     return utilisation
 
 
-def _row_length(folder: ShardFolder) -> float:
+def _row_length(corpora: Corpora) -> float:
     """Tokens a row: what attention spans."""
-    manifest = folder.manifest
-    return float(manifest.sequence_length or manifest.tokens / max(manifest.samples, 1))
+    return float(corpora.manifest.sequence_length or corpora.mean_length)
 
 
 class Run:
@@ -158,6 +157,8 @@ class Run:
                 world_size=ranks.world_size,
                 num_workers=config.data.num_workers,
                 start_position=start.progress.position,
+                row_length=config.data.sequence_length,
+                prefetch=config.data.prefetch,
                 pin_memory=engine.device.type == "cuda",
             ),
             validation=data.validation,
@@ -167,6 +168,7 @@ class Run:
             stop_flag=stop_flag,
             on_log=self.log,
             on_save=self.save,
+            on_complaint=self.complain,
             utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
         )
 
@@ -219,6 +221,10 @@ class Run:
             tokens_per_second=self.last_values.get("perf/tokens_per_second"),
             seconds_left=seconds * (1 - fraction) / fraction if fraction else None,
         )
+
+    def complain(self, text: str) -> None:
+        """A warning of this rank, such as a bad shard that is left out."""
+        print(f"rank {self.ranks.rank}: warning: {text}", file=sys.stderr, flush=True)
 
     def save(self) -> None:
         """Commit a checkpoint of this moment."""

@@ -1,6 +1,7 @@
 """A run's folder: what it holds besides checkpoints, and how a start finds its place in it.
 
-`config.resolved.yaml`, `ds_config.resolved.json`, `environment.json`, `run_id`, `tokenizer/`, `metrics.jsonl`, `checkpoints/`,
+`config.resolved.yaml`, `ds_config.resolved.json`, `environment.json`, `run_id`, `tokenizer/`,
+`data_manifest.json`, `metrics.jsonl`, `checkpoints/`,
 `model/`, `summary.json`. Written by rank 0 only.
 """
 
@@ -109,9 +110,9 @@ def run_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def copy_tokenizer(shards: Path, run_dir: Path) -> None:
+def copy_tokenizer(source: Path, run_dir: Path) -> None:
     """Keep the shards' tokenizer with the run, so that checkpoints can be used without the shards."""
-    source, target, staging = shards / "tokenizer", run_dir / "tokenizer", run_dir / "tokenizer.partial"
+    target, staging = run_dir / "tokenizer", run_dir / "tokenizer.partial"
     if target.exists() and filecmp.cmp(source / "tokenizer.json", target / "tokenizer.json", shallow=False):
         return
     shutil.rmtree(staging, ignore_errors=True)

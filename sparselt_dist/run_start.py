@@ -12,8 +12,8 @@ import numpy as np
 from sparselt_dist import checkpoint, distributed, run_folder
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import dump
-from sparselt_dist.data.shards import ShardFolder
-from sparselt_dist.data.tokenizer import check_tokenizer, tokenizer_info
+from sparselt_dist.data.corpora import Corpora, Location, open_corpora
+from sparselt_dist.data.manifest import write_copy
 from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.follower import resolve_store_uri
 from sparselt_dist.journal import Journal, replace_file
@@ -32,8 +32,8 @@ CHECKED_AT_ONCE = 4096
 class Data:
     """The shards of a run."""
 
-    train: ShardFolder
-    validation: ShardFolder | None
+    train: Corpora
+    validation: Corpora | None
     tokenizer: TokenizerInfo
 
 
@@ -48,39 +48,42 @@ class Start:
 
 def open_data(config: Config, ranks: distributed.Ranks) -> Data:
     """Open the shard folders; rank 0 first prepares them where `data.train` is null."""
-    train, validation = config.data.train, config.data.validation
+    train: Location | None = config.data.train
+    validation = config.data.validation
     if train is None:
         train, validation = distributed.on_main(ranks, lambda: _prepared(config))
     return distributed.agreed(ranks, lambda: _opened(config, train, validation))
 
 
-def _opened(config: Config, train: str, validation: str | None) -> Data:
-    folder = ShardFolder(train)
-    check_tokenizer(folder.path)
-    held_out = ShardFolder(validation) if validation is not None else None
-    if held_out is not None and held_out.manifest.tokenizer_sha256 != folder.manifest.tokenizer_sha256:
+def _opened(config: Config, where: Location, validation: str | None) -> Data:
+    train = open_corpora(where, config)
+    tokenizer = train.check_tokenizer()
+    held_out = open_corpora(validation, config) if validation is not None else None
+    if held_out is not None and held_out.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256:
         raise DataError(
-            f"data.validation: {validation} was tokenized otherwise than data.train {train}; prepare both together"
+            f"data.validation: {validation} was tokenized otherwise than data.train {train.name}; prepare both together"
         )
-    for opened in (folder, held_out):
+    for opened in (train, held_out):
         if opened is not None:
             _check_rows(config, opened)
-    return Data(folder, held_out, tokenizer_info(folder.path))
+    return Data(train, held_out, tokenizer)
 
 
-def _check_rows(config: Config, folder: ShardFolder) -> None:
+def _check_rows(config: Config, corpora: Corpora) -> None:
     """The model is made for the rows' length, and the first ids lie inside the vocabulary."""
-    found, wanted = folder.manifest.sequence_length, config.data.sequence_length
+    found, wanted = corpora.manifest.sequence_length, config.data.sequence_length
     if found is not None and wanted is not None and found > wanted:
         raise DataError(
-            f"{folder.path}: its rows have {found} tokens, data.sequence_length is {wanted}; "
+            f"{corpora.name}: its rows have {found} tokens, data.sequence_length is {wanted}; "
             f"set data.sequence_length={found} or prepare again"
         )
+    if corpora.is_remote or corpora.manifest.kind == "text":
+        return
     unread = CHECKED_TOKENS
-    for sample in range(0, folder.num_samples, CHECKED_AT_ONCE):
+    for sample in range(0, corpora.num_samples, CHECKED_AT_ONCE):
         if unread <= 0:
             return
-        block = folder.read(np.arange(sample, min(sample + CHECKED_AT_ONCE, folder.num_samples)))
+        block = corpora.ids(np.arange(sample, min(sample + CHECKED_AT_ONCE, corpora.num_samples)))
         unread -= sum(len(ids) for ids in block)
 
 
@@ -154,7 +157,8 @@ def write_start(
         run_folder.write_json(run_dir / "ds_config.resolved.json", resolve_deepspeed(config, plan))
         run_folder.write_json(run_dir / "environment.json", environment)
         run_folder.run_id(run_dir)
-        run_folder.copy_tokenizer(data.train.path, run_dir)
+        run_folder.copy_tokenizer(data.train.tokenizer, run_dir)
+        write_copy(data.train.manifest, run_dir)
         checkpoint.set_aside_after(run_dir, step)
         (run_dir / "summary.json").unlink(missing_ok=True)
     except OSError as error:

@@ -12,12 +12,19 @@ from sparselt_dist import cli
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.data.manifest import Manifest
-    from sparselt_dist.data.shards import ShardFolder
 
 HISTOGRAM_BINS = 8
 HISTOGRAM_WIDTH = 40
 SAMPLE_CHARACTERS = 400
+MEASURED_TEXTS = 10_000
+_KINDS = {
+    "rows": "rows",
+    "packed": "rows of whole documents",
+    "documents": "documents",
+    "text": "pieces of raw text",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,7 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
         "action", choices=["inspect", "verify"], help="inspect: show; verify: check, exit code 2 on a fault"
     )
     parser.add_argument(
-        "folders", nargs="+", metavar="DIR", help="a shard folder, or one that holds train/ and validation/"
+        "folders",
+        nargs="+",
+        metavar="DIR",
+        help="a shard folder, local or at http(s):// or s3://, or one that holds train/ and validation/; "
+        "inspect: also a folder or pattern of tars of raw text",
     )
     parser.add_argument("--samples", type=int, default=2, help="inspect: sample texts to show")
     return parser
@@ -44,20 +55,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    folders = [folder for name in args.folders for folder in _shard_folders(Path(name))]
+    folders = [folder for name in args.folders for folder in _shard_folders(name)]
     codes = [_verify(folder) if args.action == "verify" else _inspect(folder, args.samples) for folder in folders]
     return max(codes)
 
 
-def _shard_folders(folder: Path) -> list[Path]:
+def _shard_folders(folder: str) -> list[str]:
     """The folder itself, or the two splits that a preparation with held-out text wrote into it."""
-    if (folder / "manifest.json").exists():
+    splits = [f"{folder.rstrip('/')}/{split}" for split in ("train", "validation")]
+    if (Path(folder) / "manifest.json").exists():
         return [folder]
-    splits = [folder / split for split in ("train", "validation") if (folder / split / "manifest.json").exists()]
-    return splits or [folder]
+    return [split for split in splits if (Path(split) / "manifest.json").exists()] or [folder]
 
 
-def _verify(folder: Path) -> int:
+def _verify(folder: str) -> int:
+    from sparselt_dist.data.shards import ShardFolder
     from sparselt_dist.data.verification import verify
 
     faults = verify(folder)
@@ -66,32 +78,37 @@ def _verify(folder: Path) -> int:
     if faults:
         print(f"{folder}: {len(faults)} faults; restore the files named, or prepare the folder again", file=sys.stderr)
         return cli.EXIT_USER_ERROR
-    from sparselt_dist.data.manifest import read_manifest
-
-    manifest = read_manifest(folder)
+    manifest = ShardFolder(folder).manifest
     print(f"{folder}: sound: {len(manifest.shards)} shards, {manifest.samples:,} samples, {manifest.tokens:,} tokens")
     return cli.EXIT_DONE
 
 
-def _inspect(folder: Path, samples: int) -> int:
-    from sparselt_dist.data.shards import ShardFolder
+def _inspect(folder: str, samples: int) -> int:
+    import numpy as np
+
+    from sparselt_dist.data.corpora import open_folder
     from sparselt_dist.data.tokenizer import load_for_text, tokenizer_faults
 
-    shards = ShardFolder(folder)
-    manifest = shards.manifest
-    length = manifest.sequence_length or "documents kept whole"
-    print(f"{folder}: {manifest.samples:,} {manifest.kind}, {manifest.tokens:,} tokens, sequence length {length}")
+    corpora = open_folder(folder)
+    manifest = corpora.manifest
+    length = f"sequence length {manifest.sequence_length}" if manifest.sequence_length else "kept whole"
+    tokens = f"{manifest.tokens:,} tokens" if manifest.tokens else "tokens not counted"
+    print(f"{folder}: {manifest.samples:,} {_KINDS[manifest.kind]}, {tokens}, {length}")
     tokenizer_kind = manifest.prepare.get("tokenizer", "unknown")
     print(f"vocabulary {manifest.vocab_size:,} ({tokenizer_kind}), manifest {manifest.sha256[:12]}")
-    for fault in tokenizer_faults(folder, manifest):
+    if manifest.kind == "packed":
+        filled = manifest.tokens / (manifest.samples * (manifest.sequence_length or 1))
+        print(f"fill {100 * filled:.2f} % of all places hold a token")
+    for fault in tokenizer_faults(corpora.tokenizer, manifest):
         print(f"warning: {fault}")
     _print_sources(manifest)
     _print_shards(manifest)
-    _print_lengths(shards)
-    tokenizer = load_for_text(folder / "tokenizer")
-    for number in _spread(manifest.samples, samples):
-        text = tokenizer.decode(shards.ids(number).tolist(), skip_special_tokens=False)
-        print(f"\n{shards.key(number)}:\n  {text[:SAMPLE_CHARACTERS]!r}")
+    _print_lengths(corpora)
+    tokenizer = load_for_text(corpora.tokenizer)
+    numbers = np.array(_spread(manifest.samples, samples), dtype=np.int64)
+    for key, ids in zip(corpora.keys(numbers), corpora.ids(numbers), strict=True):
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        print(f"\n{key}:\n  {text[:SAMPLE_CHARACTERS]!r}")
     return cli.EXIT_DONE
 
 
@@ -108,10 +125,17 @@ def _print_shards(manifest: Manifest) -> None:
         print(f"{shard.name:<17} {counts}  {shard.sha256[:12]}")
 
 
-def _print_lengths(folder: ShardFolder) -> None:
+def _print_lengths(corpora: Corpora) -> None:
+    """Histogram of the samples' lengths; of raw text, which must be tokenized for it, those of the first shards."""
     import numpy as np
 
-    lengths = np.concatenate([folder.lengths(shard) for shard in range(len(folder.shards))])
+    found = []
+    for folder in corpora.folders:
+        for shard in range(len(folder.shards)):
+            found.append(folder.lengths(shard))
+            if folder.manifest.kind == "text" and sum(map(len, found)) >= MEASURED_TEXTS:
+                break
+    lengths = np.concatenate(found)
     print(f"\nlength: median {int(np.median(lengths)):,}, mean {lengths.mean():,.1f}, longest {lengths.max():,} tokens")
     edges = _edges(lengths)
     counts, _ = np.histogram(lengths, bins=edges)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,11 @@ from sparselt_dist.budget import Budget, batch_size_at, lr_multiplier
 from sparselt_dist.config import Config
 from sparselt_dist.data.batch import Batch
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
-from sparselt_dist.errors import SparseltError
+from sparselt_dist.errors import DataError, SparseltError
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
 
 if TYPE_CHECKING:
-    from sparselt_dist.data.shards import ShardFolder
+    from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.objectives.base import Collator, LossOutput
 
 Outcome = Literal["finished", "stopped", "failed"]
@@ -46,6 +46,7 @@ class Progress:
     tokens: int = 0
     position: int = 0  # samples drawn, over all ranks
     seconds: float = 0.0  # of training, restarts included, by rank 0's clock
+    skipped: int = 0  # samples left out because their shard was bad
     step_seconds: float = 0.0  # what a step takes by rank 0's clock, evaluations and a start's first step left out
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,14 +80,22 @@ class Sums:
         return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
 
 
+class Drawn(NamedTuple):
+    """What the ranks drew together for a global step."""
+
+    targets: float  # at least 1, to divide by
+    tokens: int
+    positions: int  # of the rows, padding included
+    skipped: int  # samples
+    digest: int
+
+
 @dataclass
 class StepResult:
     """What one step gives to the log."""
 
     sums: Sums
-    targets: float
-    tokens: int
-    digest: int
+    drawn: Drawn
     lr: float
     grad_norm: float | None
     stop: bool
@@ -103,13 +112,14 @@ class Trainer:
         ranks: distributed.Ranks,
         micro_batch_size: int,
         loader: Loader,
-        validation: ShardFolder | None,
+        validation: Corpora | None,
         evaluation_collator: Collator,
         progress: Progress,
         ledger: TimeLedger,
         stop_flag: distributed.StopFlag,
         on_log: Callable[[dict[str, Any]], None],
         on_save: Callable[[], None],
+        on_complaint: Callable[[str], None],
         utilisation: Callable[[float], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -125,6 +135,7 @@ class Trainer:
         self.stop_flag = stop_flag
         self.on_log = on_log
         self.on_save = on_save
+        self.on_complaint = on_complaint  # of this rank
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
         self.budget = Budget.from_section(config.budget)
@@ -136,6 +147,7 @@ class Trainer:
         self.checkpoint_seconds = 0.0
         self.first_batch_seconds: float | None = None
         self.data_fault: SparseltError | None = None
+        self.complaints: set[str] = set()
 
     # ---------------------------------------------------------------- the loop
 
@@ -203,22 +215,23 @@ class Trainer:
         self.engine.module.set_progress(self.progress.step, fraction)
         batch_size = self._batch_size(fraction)
         drawn = self._draw(micro_batches, batch_size // (self.micro_batch_size * self.ranks.world_size))
-        targets, tokens, digest = self._agree_on_targets(drawn)
+        total = self._agree_on_targets(drawn, batch_size)
         sums = Sums()
         for number, micro_batch in enumerate(drawn):
             last = number == len(drawn) - 1
-            self._forward_backward(micro_batch.batch, targets, sums, last)
+            self._forward_backward(micro_batch.batch, total.targets, sums, last)
         stop, seconds, usual = self._agree_before_update(sums, started)
         with self.ledger.phase("optimizer"):
             norm = self._own_gradient_norm()
             self.engine.step()
         self.progress.step += 1
-        self.progress.tokens += tokens
+        self.progress.tokens += total.tokens
+        self.progress.skipped += total.skipped
         self.progress.position += batch_size
         self.progress.seconds, self.progress.step_seconds = seconds, usual
         if norm is None:
             norm = self.engine.get_global_grad_norm()
-        return StepResult(sums, targets, tokens, digest, lr, None if norm is None else float(norm), stop)
+        return StepResult(sums, total, lr, None if norm is None else float(norm), stop)
 
     def _own_gradient_norm(self) -> torch.Tensor | None:
         """The norm before clipping where DeepSpeed keeps none (no ZeRO); only for a step that is logged."""
@@ -260,26 +273,41 @@ class Trainer:
             self.first_batch_seconds = self.clock() - started
         return drawn
 
-    def _agree_on_targets(self, drawn: list[MicroBatch]) -> tuple[float, int, int]:
+    def _agree_on_targets(self, drawn: list[MicroBatch], batch_size: int) -> Drawn:
         """Targets and tokens of the global step, and its digest: the one sum over ranks.
 
         Raises:
-            DataError: on all ranks alike, a rank could not draw its micro-batches.
+            DataError: on all ranks alike, a rank could not draw its micro-batches, or all samples were of bad shards.
         """
         digest = sum(micro_batch.digest for micro_batch in drawn) % 2**64
+        self._complain(drawn)
         numbers = [
             float(self.data_fault is not None),
             float(sum(int(micro_batch.batch["num_targets"]) for micro_batch in drawn)),
             float(sum(int(micro_batch.batch["num_tokens"]) for micro_batch in drawn)),
+            float(sum(micro_batch.batch["input_ids"].numel() for micro_batch in drawn)),
+            float(sum(micro_batch.skipped for micro_batch in drawn)),
             *(float(digest >> (16 * lane) & 0xFFFF) for lane in range(_LANES)),
         ]
         with self.ledger.phase("communication"):
             summed = distributed.reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
-        faults, *total = summed
+        faults, targets, tokens, positions, skipped, *lanes = summed
         if faults:
             distributed.agreed(self.ranks, self._raise_data_fault)
-        joined = sum(int(lane) << (16 * number) for number, lane in enumerate(total[2:])) % 2**64
-        return max(total[0], 1.0), int(total[1]), joined
+        if skipped == batch_size:
+            raise DataError(
+                f"step {self.progress.step}: all of its {batch_size} samples are in bad shards that data.on_bad_shard=skip "
+                "leaves out; restore the shards"
+            )
+        joined = sum(int(lane) << (16 * number) for number, lane in enumerate(lanes)) % 2**64
+        return Drawn(max(targets, 1.0), int(tokens), int(positions), int(skipped), joined)
+
+    def _complain(self, drawn: list[MicroBatch]) -> None:
+        """Say once on this rank which shards were given up."""
+        for complaint in (text for micro_batch in drawn for text in micro_batch.complaints):
+            if complaint not in self.complaints:
+                self.complaints.add(complaint)
+                self.on_complaint(complaint)
 
     def _raise_data_fault(self) -> None:
         if self.data_fault is not None:
@@ -343,6 +371,7 @@ class Trainer:
                 micro_batch_size=self.micro_batch_size,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
+                row_length=self.config.data.sequence_length,
             ):
                 sums.add_output(self.engine(_to_device(batch, self.device)), batch["num_targets"].to(self.device))
             means = sums.means(self.device)
@@ -357,7 +386,8 @@ class Trainer:
         if result.grad_norm is not None:
             line["train/grad_norm"] = result.grad_norm
         line.update({f"{name}/{term.removeprefix('term/')}": value for term, value in means.items()})
-        tokens_per_second = result.tokens / self.step_seconds
+        drawn = result.drawn
+        tokens_per_second = drawn.tokens / self.step_seconds
         line.update(
             {
                 "progress/tokens": self.progress.tokens,
@@ -365,7 +395,8 @@ class Trainer:
                 "budget/elapsed_seconds": self.progress.seconds,
                 "perf/tokens_per_second": tokens_per_second,
                 "perf/step_seconds": self.step_seconds,
-                "perf/mfu": tokens_per_second * self.utilisation(result.targets / max(result.tokens, 1)),
+                "perf/mfu": tokens_per_second * self.utilisation(drawn.targets / max(drawn.tokens, 1)),
+                "perf/fill_fraction": drawn.tokens / drawn.positions,
                 "perf/data_wait_fraction": data_seconds / self.step_seconds,
                 "perf/checkpoint_stall_seconds": self.checkpoint_seconds,
                 "perf/memory_gib": peak_memory_gib(),
@@ -375,7 +406,9 @@ class Trainer:
             line["perf/first_batch_seconds"] = self.first_batch_seconds
             self.first_batch_seconds = -1.0  # only in the first line of a start
         if self.config.log.batch_digest:
-            line["batch_digest"] = digest_hex(result.digest)
+            line["batch_digest"] = digest_hex(drawn.digest)
+        if self.config.data.on_bad_shard == "skip":
+            line["progress/skipped_samples"] = self.progress.skipped
         return line
 
     def log(self, line: dict[str, Any]) -> None:

@@ -18,11 +18,12 @@ is kept anywhere, so masks survive a resume and any change of ranks, workers or 
 
 from __future__ import annotations
 
-import hashlib
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+
+from sparselt_dist.data.randomness import mix64, purpose_key, random_bits, random_uniform  # noqa: F401
 
 IGNORE_INDEX = -100
 
@@ -35,40 +36,7 @@ class Example(TypedDict):
     key: str  # "<shard file>/<number in the shard>", unique in a shard folder
     ids: np.ndarray  # [n] uint16 or uint32
     seed: int  # 64 bits, from (run seed, epoch, sample): the source of all of its randomness
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-
-
-def mix64(values: np.ndarray) -> np.ndarray:
-    """The splitmix64 finaliser (Steele, Lea, Flood 2014): uint64 array in, uint64 array out."""
-    z = values.astype(np.uint64, copy=True)
-    z ^= z >> np.uint64(30)
-    z *= _MIX_1
-    z ^= z >> np.uint64(27)
-    z *= _MIX_2
-    z ^= z >> np.uint64(31)
-    return z
-
-
-def purpose_key(purpose: str) -> int:
-    """A 64-bit number for a named use of randomness, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
-
-
-def random_bits(seeds_B: np.ndarray, length: int, purpose: str) -> np.ndarray:
-    """Uniform 64-bit words [B, length] from example seeds [B] uint64; a pure function of its arguments."""
-    streams_B1 = mix64(seeds_B.astype(np.uint64) ^ np.uint64(purpose_key(purpose)))[:, None]
-    counters_L = np.arange(1, length + 1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        return mix64(streams_B1 + counters_L[None, :] * _GOLDEN)
-
-
-def random_uniform(seeds_B: np.ndarray, length: int, purpose: str) -> np.ndarray:
-    """Uniform float64 [B, length] in [0, 1), 53 random bits each."""
-    return (random_bits(seeds_B, length, purpose) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    documents: NotRequired[np.ndarray]  # packed rows: lengths of the documents in `ids`, in order
 
 
 def pad_examples(examples: list[Example], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The stream of micro-batches: a pure function of (seed, shard folder, position), whoever asks for it.
+"""The stream of micro-batches: a pure function of (seed, shards, position), whoever asks for it.
 
 Micro-step m of a rank takes the positions `start + m * micro * world + rank * micro + [0, micro)` of the stream, so a
 global step covers the same positions, in the same global order, for any number of ranks, workers and micro-batches.
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sparselt_dist.data.batch import IGNORE_INDEX, Batch, Example, mix64, purpose_key
-from sparselt_dist.data.order import SampleOrder, combine, sample_seed
-from sparselt_dist.data.shards import ShardFolder
+from sparselt_dist.data.batch import Batch
+from sparselt_dist.data.collation import collate, without_targets
+from sparselt_dist.data.corpora import Corpora
+from sparselt_dist.data.mixing import StreamOrder
+from sparselt_dist.data.randomness import combine, mix64, purpose_key, sample_seed
 from sparselt_dist.errors import DataError, SparseltError
 from sparselt_dist.objectives.base import Collator
 
-PREFETCH_FACTOR = 4  # micro-batches ready per worker
 _PLANNED_POSITIONS = 2048  # positions whose order is computed at a time: permuting 2048 costs little more than 32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _IGNORED_IN_WORKERS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -39,17 +40,21 @@ class MicroBatch(NamedTuple):
     batch: Batch
     digest: int
     """Sum mod 2**64 of a hash of (position, epoch, sample): its sum over micro-batches and ranks ignores the split."""
+    skipped: int = 0
+    """Samples left out because their shard is bad."""
+    complaints: tuple[str, ...] = ()
+    """What to tell the user of shards that were given up."""
 
 
 class _Made(NamedTuple):
-    """A micro-batch on its way from a worker, as arrays.
+    """A micro-batch on its way from a worker, its tensors as arrays.
 
     They travel by value through a pipe: torch would pass each tensor as shared memory of its own, which takes ten
     times as long for micro-batches of usual size and can run out of file descriptors.
     """
 
     arrays: dict[str, np.ndarray]
-    digest: int
+    rest: tuple[int, int, tuple[str, ...]]
 
 
 class _Failure(NamedTuple):
@@ -71,58 +76,27 @@ def _digest(positions: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> i
         return int(hashes.sum(dtype=np.uint64))
 
 
-def _collate(folder: ShardFolder, collator: Collator, samples: np.ndarray, seeds: np.ndarray) -> Batch:
-    """Read samples and collate them.
-
-    Raises:
-        DataError: a sample cannot be read or collated; its shard and number are named.
-    """
-    examples: list[Example] = [
-        {"key": key, "ids": ids, "seed": seed}
-        for key, ids, seed in zip(folder.keys(samples), folder.read(samples), seeds.tolist(), strict=True)
-    ]
-    try:
-        return collator(examples)
-    except SparseltError:
-        raise
-    except Exception as cause:  # an objective's collator may fail in any way
-        raise DataError(_blame(folder, collator, examples, cause)) from cause
-
-
-def _blame(folder: ShardFolder, collator: Collator, examples: list[Example], cause: Exception) -> str:
-    """Name the sample that the collator fails on, by giving it one at a time."""
-    keys = f"samples {examples[0]['key']} to {examples[-1]['key']}"
-    for example in examples:
-        try:
-            collator([example])
-        except Exception as own:  # the same fault, now of one sample
-            keys, cause = f"sample {example['key']}", own
-            break
-    return (
-        f"{folder.path}: {keys}: the collator {type(collator).__name__} failed: {type(cause).__name__}: {cause}; "
-        "run `sparselt shards verify`; if the folder is sound the objective is at fault"
-    )
-
-
 class _MicroSteps(Dataset["_Made | _Failure"]):
     """Micro-batches by number; what a worker holds."""
 
     def __init__(
         self,
-        folder: ShardFolder,
+        corpora: Corpora,
         collator: Collator,
         *,
         seed: int,
         window: int,
+        row_length: int | None,
         micro_batch_size: int,
         rank: int,
         world_size: int,
         start_position: int,
     ) -> None:
-        self.folder = folder
+        self.corpora = corpora
         self._collator = collator
         self._seed = seed
-        self._order = SampleOrder(folder.shard_samples, seed, window)
+        self._row_length = row_length
+        self._order = StreamOrder(corpora.shard_samples, corpora.weights, seed, window)
         self._micro = micro_batch_size
         self._stride = micro_batch_size * world_size
         self._start_position = start_position
@@ -137,6 +111,8 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         if self._plan is None or self._plan[0] != block:
             steps = np.arange(block * self._per_plan, (block + 1) * self._per_plan)
             positions = self._first + steps[:, None] * self._stride + np.arange(self._micro)[None, :]
+            if self.corpora.is_remote:
+                self.corpora.prefetch(self._order.shards_ahead(int(positions[0, 0])))
             epochs, samples = self._order.samples(positions.ravel())
             self._plan = (block, positions, epochs.reshape(positions.shape), samples.reshape(positions.shape))
         _, positions, epochs, samples = self._plan
@@ -147,13 +123,15 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         micro_step = (position - self._start_position) // self._stride
         steps = range(micro_step, micro_step - (-count // self._micro))
         samples = np.concatenate([self.planned(step)[2] for step in steps])
-        return [self.folder.key(int(sample)) for sample in samples[:count]]
+        return self.corpora.keys(samples[:count])
 
     def make(self, micro_step: int) -> MicroBatch:
         """The micro-batch of that number. Raises DataError."""
         positions, epochs, samples = self.planned(micro_step)
-        batch = _collate(self.folder, self._collator, samples, sample_seed(self._seed, epochs, samples))
-        return MicroBatch(batch, _digest(positions, epochs, samples))
+        seeds = sample_seed(self._seed, epochs, samples)
+        batch, delivered = collate(self.corpora, self._collator, samples, seeds, self._row_length)
+        digest = _digest(positions[delivered], epochs[delivered], samples[delivered])
+        return MicroBatch(batch, digest, int((~delivered).sum()), tuple(self.corpora.take_complaints()))
 
     def __getitem__(self, micro_step: int) -> _Made | _Failure:
         """In a worker: the micro-batch, or its fault as data."""
@@ -164,7 +142,7 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
             made = self.make(micro_step)
         except SparseltError as fault:
             return _Failure(str(fault))
-        return _Made({key: value.numpy() for key, value in made.batch.items()}, made.digest)
+        return _Made({key: value.numpy() for key, value in made.batch.items()}, made[1:])
 
     def __len__(self) -> int:
         raise TypeError("the stream has no end")
@@ -218,13 +196,15 @@ class Loader:
 
     Args:
         window: shards whose samples are permuted together, hence read at a time.
+        row_length: longer samples take several rows; None: they are kept whole.
+        prefetch: micro-batches that a worker keeps ready.
         start_position: samples of the stream that were consumed before, over all ranks.
         pin_memory: page-locked batches, for asynchronous copies to an accelerator.
     """
 
     def __init__(
         self,
-        folder: ShardFolder,
+        corpora: Corpora,
         collator: Collator,
         *,
         seed: int,
@@ -234,19 +214,23 @@ class Loader:
         world_size: int,
         num_workers: int,
         start_position: int,
+        row_length: int | None = None,
+        prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
         self._steps = _MicroSteps(
-            folder,
+            corpora,
             collator,
             seed=seed,
             window=window,
+            row_length=row_length,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
             start_position=start_position,
         )
         self._num_workers = num_workers
+        self._prefetch = prefetch
         self._pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -261,7 +245,7 @@ class Loader:
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
             multiprocessing_context=multiprocessing.get_context("fork"),
-            prefetch_factor=PREFETCH_FACTOR,
+            prefetch_factor=self._prefetch,
             persistent_workers=True,
             generator=torch.Generator(),  # else the start of workers draws from the global one, and dropout with it
         )
@@ -284,7 +268,7 @@ class Loader:
                 raise DataError(self._lost_worker(fault)) from fault
             if isinstance(result, _Failure):
                 raise DataError(result.message)
-            yield MicroBatch({key: torch.from_numpy(array) for key, array in result.arrays.items()}, result.digest)
+            yield MicroBatch({key: torch.from_numpy(array) for key, array in result.arrays.items()}, *result.rest)
 
     def _lost_worker(self, fault: RuntimeError) -> str:
         assert self._steps.at_work is not None
@@ -292,24 +276,24 @@ class Loader:
         at_work = {pid: step for pid, step in self._steps.at_work.tolist() if pid in pids}
         where = "before its first batch"
         if at_work:
-            samples = self._steps.planned(next(iter(at_work.values())))[2]
-            keys = [self._steps.folder.key(int(sample)) for sample in samples]
+            keys = self._steps.corpora.keys(self._steps.planned(next(iter(at_work.values())))[2])
             where = f"at the samples {', '.join(keys)}"
         cause = str(fault).splitlines()[0]
         return (
-            f"{self._steps.folder.path}: a loader worker died {where}: {cause}; "
+            f"{self._steps.corpora.name}: a loader worker died {where}: {cause}; "
             "check the machine's memory, run `sparselt shards verify`, or see the fault itself with data.num_workers=0"
         )
 
 
 def evaluation_batches(
-    folder: ShardFolder,
+    corpora: Corpora,
     collator: Collator,
     *,
     max_samples: int,
     micro_batch_size: int,
     rank: int,
     world_size: int,
+    row_length: int | None = None,
 ) -> Iterator[Batch]:
     """The first `max_samples` samples in stored order, each on one rank once, with seeds of their own.
 
@@ -317,7 +301,7 @@ def evaluation_batches(
     number of batches, for all take part in each forward pass under ZeRO-3; a rank that has run out gets a batch
     without a target (labels all IGNORE_INDEX, `num_targets` and `num_tokens` 0).
     """
-    total = min(max_samples, folder.num_samples)
+    total = min(max_samples, corpora.num_samples)
     run_seed = combine(purpose_key("evaluation"), 0)
     stride = micro_batch_size * world_size
     for start in range(0, total, stride):
@@ -326,10 +310,6 @@ def evaluation_batches(
         surplus = len(samples) == 0
         if surplus:
             samples = np.zeros(1, dtype=np.int64)
-        batch = _collate(folder, collator, samples, sample_seed(run_seed, np.zeros_like(samples), samples))
-        yield _without_targets(batch) if surplus else batch
-
-
-def _without_targets(batch: Batch) -> Batch:
-    zero = torch.zeros((), dtype=torch.int64)
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX), "num_targets": zero, "num_tokens": zero}
+        seeds = sample_seed(run_seed, np.zeros_like(samples), samples)
+        batch = collate(corpora, collator, samples, seeds, row_length).batch
+        yield without_targets(batch) if surplus else batch

@@ -22,8 +22,9 @@ FORMAT = "sparselt_dist.shards"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+RUN_COPY = "data_manifest.json"
 
-Kind = Literal["rows", "documents"]
+Kind = Literal["rows", "packed", "documents", "text"]  # text: raw text of others, tokenized on the fly
 Dtype = Literal["uint16", "uint32"]
 
 
@@ -32,8 +33,8 @@ class ShardEntry:
     """One line of the manifest: what a shard file must hold."""
 
     name: str
-    samples: int  # rows or documents
-    tokens: int  # ids stored
+    samples: int  # rows, documents or pieces of text
+    tokens: int  # ids stored, padding left out; 0: raw text, not counted
     bytes: int
     sha256: str
     members: int  # samples in the sense of WebDataset
@@ -138,6 +139,15 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise DataError(_missing_manifest(folder)) from cause
     except OSError as cause:
         raise DataError(f"{path}: cannot be read: {cause.strerror}; expected a shard folder's manifest") from cause
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest that a file holds; `path`, or a URL, stands in messages.
+
+    Raises:
+        DataError: as `read_manifest`.
+    """
     try:
         manifest = _MANIFEST_ADAPTER.validate_json(content, strict=True)
     except pydantic.ValidationError as cause:
@@ -157,6 +167,19 @@ def read_manifest(folder: Path | str) -> Manifest:
             f"{path}: lists no sample; expected at least one shard; prepare the folder again with more text"
         )
     return dataclasses.replace(manifest, sha256=hashlib.sha256(content).hexdigest())
+
+
+def write_copy(manifest: Manifest, folder: Path) -> None:
+    """Keep a manifest, of several corpora joined into one, in the folder of a run."""
+    write_atomically(folder / RUN_COPY, json.dumps(dataclasses.asdict(manifest)).encode())
+
+
+def read_copy(folder: Path) -> Manifest | None:
+    """The manifest kept in the folder of a run; None if there is none."""
+    try:
+        return _MANIFEST_ADAPTER.validate_json((folder / RUN_COPY).read_bytes(), strict=True)
+    except (OSError, pydantic.ValidationError):
+        return None
 
 
 def _missing_manifest(folder: Path) -> str:

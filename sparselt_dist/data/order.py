@@ -13,20 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparselt_dist.data.batch import mix64, purpose_key
+from sparselt_dist.data.randomness import combine, mix64, purpose_key
 from sparselt_dist.errors import DataError
 
+_STORED_WINDOW = 16  # shards counted as one window where samples are read in stored order
 _ROUNDS = 6  # four give a strong pseudo-random permutation of a large domain; two more serve small ones
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK_64 = 2**64 - 1
-
-
-def combine(key: int, number: int) -> int:
-    """A new 64-bit key from a key and a number: `mix64` on Python integers, for single values."""
-    z = (key + _GOLDEN * (number + 1)) & _MASK_64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return z ^ (z >> 31)
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -54,15 +45,6 @@ def _feistel(values: np.ndarray, bits: int, key: int) -> np.ndarray:
         else:
             right ^= mix64(left ^ round_key) & right_mask
     return (left << right_bits) | right
-
-
-def sample_seed(run_seed: int, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """The 64-bit seeds of samples in their epochs: the source of all randomness of objectives."""
-    golden = np.uint64(_GOLDEN)
-    start = np.uint64(combine(purpose_key("sample seed"), run_seed))
-    with np.errstate(over="ignore"):
-        of_epoch = mix64(start + epochs.astype(np.uint64) * golden)
-        return mix64(of_epoch + samples.astype(np.uint64) * golden)
 
 
 class _Epoch(NamedTuple):
@@ -99,11 +81,28 @@ class SampleOrder:
             samples[here] = self._in_epoch(self._tables(int(epoch)), within[here])
         return epochs, samples
 
+    def shards_ahead(self, position: int) -> np.ndarray:
+        """Shards of the window that holds a position and of the one that follows, in the order of their windows."""
+        epoch, within = divmod(position, self.epoch_samples)
+        window = self._window or _STORED_WINDOW
+        order = self._tables(epoch).shards if self._window else np.arange(len(self._sizes))
+        starts = np.concatenate([[0], np.cumsum(self._sizes[order])])
+        first = (int(np.searchsorted(starts, within, side="right")) - 1) // window * window
+        ahead = order[first : first + 2 * window]
+        if len(ahead) < 2 * window:  # the epoch ends: the first window of the next one
+            following = self._shard_order(epoch + 1) if self._window else order
+            ahead = np.concatenate([ahead, following[:window]])
+        return ahead
+
+    def _shard_order(self, epoch: int) -> np.ndarray:
+        count = len(self._sizes)
+        return permute(np.arange(count), count, combine(combine(self._key, epoch), 0)).astype(np.int64)
+
     def _tables(self, epoch: int) -> _Epoch:
         if self._cached is None or self._cached[0] != epoch:
             key = combine(self._key, epoch)
             count = len(self._sizes)
-            shards = permute(np.arange(count), count, combine(key, 0)).astype(np.int64)
+            shards = self._shard_order(epoch)
             starts = np.concatenate([[0], np.cumsum(self._sizes[shards])])
             window_starts = np.append(starts[: count : self._window], starts[-1])
             self._cached = (epoch, _Epoch(shards, starts, window_starts, key))

@@ -6,7 +6,7 @@ import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,9 @@ class Member:
     offset: int
     samples: int
     tokens: int
-    lengths_offset: int | None = None  # kind documents only
+    lengths_offset: int | None = None  # kind documents: uint32 [samples]
+    documents_offset: int | None = None  # kind packed: uint32 [samples, documents_width]
+    documents_width: int = 0
 
 
 def index_path(shard: Path) -> Path:
@@ -36,7 +38,7 @@ def scan_tar(path: Path, kind: Kind) -> list[Member]:
     Raises:
         DataError: the tar or an array in it cannot be read; the file is named.
     """
-    arrays: dict[str, tuple[int, tuple[int, ...], np.ndarray | None]] = {}
+    arrays: dict[str, _Array] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
@@ -44,34 +46,52 @@ def scan_tar(path: Path, kind: Kind) -> list[Member]:
                     continue
                 file = tar.extractfile(info)
                 assert file is not None
-                arrays[info.name] = _npy_place(file, info, keep=info.name.endswith(".lengths.npy"))
+                arrays[info.name] = _npy_place(file, info, keep=not info.name.endswith(".ids.npy"))
     except (tarfile.TarError, OSError, ValueError, EOFError) as cause:
         raise DataError(
             f"{path}: not a readable shard: {cause}; restore the file or prepare the folder again"
         ) from cause
-    members = []
-    for name, (offset, shape, _) in arrays.items():
-        if not name.endswith(".ids.npy"):
-            continue
-        if kind == "rows":
-            if len(shape) != 2:
-                raise DataError(f"{path}: member {name} has shape {list(shape)}, expected [rows, sequence_length]")
-            members.append(Member(name, offset, shape[0], shape[0] * shape[1]))
-            continue
-        lengths = arrays.get(name.removesuffix(".ids.npy") + ".lengths.npy")
-        if lengths is None or lengths[2] is None or len(shape) != 1 or int(lengths[2].sum()) != shape[0]:
-            raise DataError(f"{path}: member {name} does not agree with its lengths; prepare the folder again")
-        members.append(Member(name, offset, len(lengths[2]), shape[0], lengths[0]))
-    return members
+    names = [name for name in arrays if name.endswith(".ids.npy")]
+    return [_scanned_member(path, name, kind, arrays) for name in names]
 
 
-def _npy_place(file: Any, info: tarfile.TarInfo, keep: bool) -> tuple[int, tuple[int, ...], np.ndarray | None]:
+class _Array(NamedTuple):
+    offset: int
+    shape: tuple[int, ...]
+    values: np.ndarray | None
+
+
+def _scanned_member(path: Path, name: str, kind: Kind, arrays: dict[str, _Array]) -> Member:
+    offset, shape, _ = arrays[name]
+    if kind != "documents" and len(shape) != 2:
+        raise DataError(f"{path}: member {name} has shape {list(shape)}, expected [rows, sequence_length]")
+    if kind == "rows":
+        return Member(name, offset, shape[0], shape[0] * shape[1])
+    beside = "lengths" if kind == "documents" else "documents"
+    other = arrays.get(f"{name.removesuffix('.ids.npy')}.{beside}.npy")
+    if other is None or other.values is None or not _agree(kind, shape, other):
+        raise DataError(f"{path}: member {name} does not agree with its {beside}; prepare the folder again")
+    tokens = int(other.values.sum())
+    if kind == "documents":
+        return Member(name, offset, other.shape[0], tokens, lengths_offset=other.offset)
+    return Member(name, offset, shape[0], tokens, documents_offset=other.offset, documents_width=other.shape[1])
+
+
+def _agree(kind: Kind, shape: tuple[int, ...], lengths: _Array) -> bool:
+    """Whether the ids of a member and the lengths beside them are of the same samples."""
+    assert lengths.values is not None
+    if kind == "documents":
+        return len(shape) == 1 and int(lengths.values.sum()) == shape[0]
+    return len(lengths.shape) == 2 and lengths.shape[0] == shape[0]
+
+
+def _npy_place(file: Any, info: tarfile.TarInfo, keep: bool) -> _Array:
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
     offset = info.offset_data + file.tell()
     values = np.frombuffer(file.read(), dtype=dtype) if keep else None
-    return offset, shape, values
+    return _Array(offset, shape, values)
 
 
 def read_index_file(shard: Path) -> list[Member] | None:

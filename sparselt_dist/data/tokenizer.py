@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sparselt_dist.data.manifest import TOKENIZER, Manifest, file_sha256, read_manifest
+from sparselt_dist.data.manifest import TOKENIZER, Manifest, file_sha256
 from sparselt_dist.errors import DataError
 from sparselt_dist.objectives.base import TokenizerInfo
 
@@ -176,8 +176,8 @@ def _continuing_prefix(tokenizer: Tokenizer) -> str | None:
 
 
 def tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the tokenizer of a shard folder; empty if it is the one the shards were made with."""
-    path = folder / TOKENIZER / TOKENIZER_FILE
+    """What is wrong with a tokenizer folder; empty if it is the one that the shards of `manifest` were made with."""
+    path = folder / TOKENIZER_FILE
     if not path.exists():
         return [f"{path}: missing; expected the tokenizer that the shards were made with; restore it or prepare again"]
     found = file_sha256(path)
@@ -186,20 +186,19 @@ def tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
             f"{path}: does not match the shards: found sha256 {found[:12]}…, the manifest says "
             f"{manifest.tokenizer_sha256[:12]}…; restore the tokenizer or prepare again"
         ]
-    size = tokenizer_info(path.parent).vocab_size
+    size = tokenizer_info(folder).vocab_size
     if size != manifest.vocab_size:
         return [f"{path}: has {size} entries, the manifest says {manifest.vocab_size}; restore it or prepare again"]
     return []
 
 
-def check_tokenizer(folder: Path | str) -> TokenizerInfo:
-    """The tokenizer of a shard folder, after a check that the shards were made with it.
+def check_tokenizer(folder: Path, manifest: Manifest) -> TokenizerInfo:
+    """The tokenizer of a folder, after a check that the shards of `manifest` were made with it.
 
     Raises:
         DataError: it is missing, another one, or of another size.
     """
-    folder = Path(folder)
-    faults = tokenizer_faults(folder, read_manifest(folder))
+    faults = tokenizer_faults(folder, manifest)
     if faults:
         raise DataError(faults[0])
-    return tokenizer_info(folder / TOKENIZER)
+    return tokenizer_info(folder)

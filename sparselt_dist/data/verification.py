@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparselt_dist.data.manifest import MANIFEST, Manifest, ShardEntry, file_sha256, read_manifest
+from sparselt_dist.data.manifest import MANIFEST, Manifest, ShardEntry, file_sha256
+from sparselt_dist.data.shard_files import Access
 from sparselt_dist.data.shard_index import index_path, read_index_file, scan_tar
-from sparselt_dist.data.tokenizer import tokenizer_faults
+from sparselt_dist.data.shards import ShardFolder
+from sparselt_dist.data.storage import is_remote, join
+from sparselt_dist.data.tokenizer import tokenizer_faults, tokenizer_info
 from sparselt_dist.errors import DataError
 
 MAX_FAULTS_PER_SHARD = 5
 
 
-def verify(folder: Path | str) -> list[str]:
-    """All faults of a shard folder, each naming its file; empty if the folder is sound."""
-    folder = Path(folder)
+def verify(location: Path | str, access: Access | None = None) -> list[str]:
+    """All faults of a shard folder, local or remote, each naming its file; empty if the folder is sound."""
+    access = access or Access()
     try:
-        manifest = read_manifest(folder)
-        faults = tokenizer_faults(folder, manifest)
+        folder = ShardFolder(location, access=dataclasses.replace(access, skip_bad=True))  # shards are looked at below
+        manifest = folder.manifest
+        faults = tokenizer_faults(folder.tokenizer, manifest)
+        pad_id = tokenizer_info(folder.tokenizer).pad_id if not faults else None
     except DataError as fault:
         return [str(fault)]
-    faults += _listing_faults(folder, manifest)
-    for entry in manifest.shards:
-        found = list(_shard_faults(folder / entry.name, entry, manifest))
+    remote = is_remote(folder.location)
+    faults += _total_faults(folder) + ([] if remote else _stranger_faults(Path(folder.location), manifest))
+    cache = access.cache()
+    for number, entry in enumerate(manifest.shards):
+        url = folder.files.url(number)
+        try:
+            path = cache.fetch(url, expected_bytes=entry.bytes, expected_sha256=entry.sha256) if remote else Path(url)
+        except DataError as fault:
+            faults.append(str(fault))
+            continue
+        found = list(_shard_faults(path, entry, manifest, pad_id, has_index=not remote))
         faults += found[:MAX_FAULTS_PER_SHARD]
         if len(found) > MAX_FAULTS_PER_SHARD:
-            faults.append(f"{folder / entry.name}: {len(found) - MAX_FAULTS_PER_SHARD} more faults")
+            faults.append(f"{url}: {len(found) - MAX_FAULTS_PER_SHARD} more faults")
     return faults
 
 
-def _listing_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Files that the manifest does not know, and totals that its own lines do not add up to."""
+def _stranger_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Tars that the manifest does not know."""
     listed = {entry.name for entry in manifest.shards}
     strangers = (path for path in sorted(folder.glob("*.tar")) if path.name not in listed)
-    faults = [f"{path}: not listed in {MANIFEST}; remove it" for path in strangers]
+    return [f"{path}: not listed in {MANIFEST}; remove it" for path in strangers]
+
+
+def _total_faults(folder: ShardFolder) -> list[str]:
+    """Totals of the manifest that its own lines do not add up to."""
+    faults = []
     for key in ("samples", "tokens"):
-        found, total = getattr(manifest, key), sum(getattr(entry, key) for entry in manifest.shards)
+        found, total = getattr(folder.manifest, key), sum(getattr(entry, key) for entry in folder.manifest.shards)
         if found != total:
-            faults.append(f"{folder / MANIFEST}: {key} is {found}, its shards add up to {total}")
+            faults.append(f"{join(folder.location, MANIFEST)}: {key} is {found}, its shards add up to {total}")
     return faults
 
 
-def _shard_faults(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
+def _shard_faults(
+    path: Path, entry: ShardEntry, manifest: Manifest, pad_id: int | None, has_index: bool
+) -> Iterator[str]:
     if not path.exists():
         yield f"{path}: missing, listed in {MANIFEST}"
         return
@@ -56,8 +77,9 @@ def _shard_faults(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterator
     elif (found := file_sha256(path)) != entry.sha256:
         yield f"{path}: changed: found sha256 {found[:12]}…, expected {entry.sha256[:12]}…"
     try:
-        yield from _content_faults(path, entry, manifest)
-        yield from _index_faults(path, manifest)
+        yield from _content_faults(path, entry, manifest, pad_id)
+        if has_index:
+            yield from _index_faults(path, manifest)
     except DataError as fault:
         yield str(fault)
 
@@ -75,21 +97,23 @@ def _members(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path}: cannot be read: {reason}; restore the file or prepare the folder again") from cause
 
 
-def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
+def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest, pad_id: int | None) -> Iterator[str]:
     samples = tokens = members = 0
+    stem = Path(entry.name).stem.replace("-", "")
     for member in _members(path):
         members += 1
         key = member["__key__"]
-        ids = member.get("ids.npy")
-        if ids is None:
+        if "ids.npy" not in member:
             yield f"{path}: member {key} has no ids.npy"
             continue
-        expected_key = f"{path.stem.replace('-', '')}-{members - 1:05d}"
+        expected_key = f"{stem}-{members - 1:05d}"
         if key != expected_key:
             yield f"{path}: found member {key}, expected {expected_key}: another shard's content, or another order"
-        yield from _array_faults(path, key, ids, member.get("lengths.npy"), manifest, samples)
-        samples += len(ids) if manifest.kind == "rows" else len(member.get("lengths.npy", ()))
-        tokens += ids.size
+        ids, lengths = member["ids.npy"], member.get("lengths.npy", member.get("documents.npy"))
+        faults = list(_array_faults(f"{path}: member {key}", ids, lengths, manifest, pad_id))
+        yield from faults or _id_faults(path, key, ids, lengths, manifest, samples)
+        samples += len(ids) if manifest.kind != "documents" or lengths is None else len(lengths)
+        tokens += int(ids.size if lengths is None else lengths.sum())
     counts = {"samples": samples, "tokens": tokens, "members": members}
     for name, found in counts.items():
         if found != getattr(entry, name):
@@ -97,30 +121,42 @@ def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest) -> Iterat
 
 
 def _array_faults(
+    where: str, ids: np.ndarray, lengths: np.ndarray | None, manifest: Manifest, pad_id: int | None
+) -> Iterator[str]:
+    """Types, shapes and lengths of one member."""
+    if ids.dtype != np.dtype(manifest.dtype):
+        yield f"{where} holds {ids.dtype}, expected {manifest.dtype}"
+    if manifest.kind == "documents":
+        if lengths is None or ids.ndim != 1 or int(lengths.sum()) != ids.size:
+            yield f"{where} has {ids.size} ids, its lengths do not add up to that"
+        return
+    if ids.ndim != 2 or ids.shape[1] != manifest.sequence_length:
+        yield f"{where} has shape {list(ids.shape)}, expected [rows, {manifest.sequence_length}]"
+    elif manifest.kind == "packed":
+        if lengths is None or lengths.ndim != 2 or len(lengths) != len(ids):
+            yield f"{where} has no lengths of the documents in its rows"
+        elif int(lengths.sum(axis=1).max()) > ids.shape[1]:
+            yield f"{where}: the documents of a row are longer than the row"
+        elif pad_id is not None and (ids[np.arange(ids.shape[1]) >= lengths.sum(axis=1)[:, None]] != pad_id).any():
+            yield f"{where}: found other ids than padding ({pad_id}) after the documents of a row"
+
+
+def _id_faults(
     path: Path, key: str, ids: np.ndarray, lengths: np.ndarray | None, manifest: Manifest, first_sample: int
 ) -> Iterator[str]:
-    if ids.dtype != np.dtype(manifest.dtype):
-        yield f"{path}: member {key} holds {ids.dtype}, expected {manifest.dtype}"
-    if manifest.kind == "rows":
-        if ids.ndim != 2 or ids.shape[1] != manifest.sequence_length:
-            yield f"{path}: member {key} has shape {list(ids.shape)}, expected [rows, {manifest.sequence_length}]"
-            return
-    elif lengths is None or ids.ndim != 1 or int(lengths.sum()) != ids.size:
-        yield f"{path}: member {key} has {ids.size} ids, its lengths do not add up to that"
-        return
+    """Ids outside the vocabulary; the first one's sample is named."""
     outside = np.flatnonzero(ids.reshape(-1) >= manifest.vocab_size)
-    if outside.size:
-        place = int(outside[0])
-        if manifest.kind == "rows":
-            sample = place // ids.shape[1]
-        else:
-            assert lengths is not None
-            sample = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-        found = int(ids.reshape(-1)[place])
-        yield (
-            f"{path}: sample {first_sample + sample} holds token id {found}, outside the vocabulary of "
-            f"{manifest.vocab_size} ({outside.size} such ids in member {key})"
-        )
+    if outside.size == 0:
+        return
+    place = int(outside[0])
+    if manifest.kind == "documents" and lengths is not None:
+        sample = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+    else:
+        sample = place // ids.shape[1]
+    yield (
+        f"{path}: sample {first_sample + sample} holds token id {int(ids.reshape(-1)[place])}, outside the vocabulary of "
+        f"{manifest.vocab_size} ({outside.size} such ids in member {key})"
+    )
 
 
 def _index_faults(path: Path, manifest: Manifest) -> Iterator[str]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselt_dist.data.batch import Example, mix64, purpose_key
-from sparselt_dist.data.shards import ShardFolder
+from sparselt_dist.data.batch import Example
+from sparselt_dist.data.corpora import Corpora
+from sparselt_dist.data.randomness import mix64, purpose_key
 
 MAX_LENGTH = 512
 """Longer rows and documents are cropped to this many positions, so that one long document is not the whole sample."""
@@ -32,25 +33,29 @@ class Corrupted(NamedTuple):
     answers_N: Tensor  # int64
 
 
-def read_examples(folder: ShardFolder, purpose: str, *, max_tokens: int, max_length: int) -> list[Example]:
+def read_examples(corpora: Corpora, purpose: str, *, max_tokens: int, max_length: int) -> list[Example]:
     """About `max_tokens` ids: samples at even distances, cropped, with seeds that only `purpose` changes."""
-    mean_length = min(folder.manifest.tokens / folder.manifest.samples, max_length)
-    wanted = min(folder.num_samples, max(1, int(max_tokens / mean_length)))
-    samples = np.unique(np.linspace(0, folder.num_samples - 1, wanted).astype(np.int64))
+    samples = _spread(corpora, max_tokens / min(corpora.mean_length, max_length))
     seeds = mix64(samples.astype(np.uint64) ^ np.uint64(purpose_key(f"yardstick {purpose}")))
     return [
-        {"key": folder.key(sample), "ids": ids[:max_length], "seed": seed}
-        for sample, ids, seed in zip(samples.tolist(), folder.read(samples), seeds.tolist(), strict=True)
+        {"key": key, "ids": stored.ids[:max_length], "seed": seed}
+        for key, stored, seed in zip(corpora.keys(samples), corpora.read(samples), seeds.tolist(), strict=True)
+        if stored is not None
     ]
 
 
-def count_unigrams(folder: ShardFolder, vocab_size: int, special_ids: Iterable[int], *, max_tokens: int) -> np.ndarray:
+def _spread(corpora: Corpora, wanted: float) -> np.ndarray:
+    """About that many sample numbers, or all there are, at even distances."""
+    count = min(corpora.num_samples, max(1, int(wanted)))
+    return np.unique(np.linspace(0, corpora.num_samples - 1, count).astype(np.int64))
+
+
+def count_unigrams(corpora: Corpora, vocab_size: int, special_ids: Iterable[int], *, max_tokens: int) -> np.ndarray:
     """How often each id occurs, int64 [V], in about `max_tokens` ids or all; 0 for special ones, never targets."""
-    wanted = min(folder.num_samples, max(1, max_tokens * folder.manifest.samples // max(1, folder.manifest.tokens)))
-    samples = np.unique(np.linspace(0, folder.num_samples - 1, wanted).astype(np.int64))
+    samples = _spread(corpora, max_tokens / corpora.mean_length)
     counts_V = np.zeros(vocab_size, dtype=np.int64)
     for chunk in np.array_split(samples, -(-len(samples) // 1024)):
-        counts_V += np.bincount(np.concatenate(folder.read(chunk)), minlength=vocab_size)
+        counts_V += np.bincount(np.concatenate(corpora.ids(chunk)), minlength=vocab_size)
     counts_V[list(special_ids)] = 0
     return counts_V
 

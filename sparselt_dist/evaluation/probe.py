@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparselt_dist.data.batch import Example, pad_examples, random_uniform
+from sparselt_dist.data.batch import Example, pad_examples
+from sparselt_dist.data.randomness import random_uniform
 from sparselt_dist.evaluation.features import Corrupted, chunks
 
 REPLACED_SHARE = 0.15

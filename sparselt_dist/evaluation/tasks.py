@@ -12,8 +12,8 @@ from sparselt_dist import checkpoint
 from sparselt_dist.budget import Budget
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import load_config, make_plan
+from sparselt_dist.data.corpora import Corpora, Location, open_corpora
 from sparselt_dist.data.loader import evaluation_batches
-from sparselt_dist.data.shards import ShardFolder
 from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.evaluation.heldout import heldout_means
 from sparselt_dist.evaluation.yardsticks import run_yardsticks
@@ -46,10 +46,10 @@ class Subject:
 class Shards:
     """Where it is evaluated."""
 
-    train: ShardFolder | None
-    validation: ShardFolder
+    train: Corpora | None
+    validation: Corpora
 
-    def training(self) -> ShardFolder:
+    def training(self) -> Corpora:
         """The training shards. Raises DataError where there are none."""
         if self.train is None:
             raise DataError(
@@ -106,22 +106,24 @@ def open_shards(subject: Subject, train: str | None, validation: str | None) -> 
     Raises:
         DataError: none are known, they are damaged, or of another tokenizer.
     """
+    config = subject.config
     own_train, own_validation = _own_shards(subject)
-    train, validation = train or own_train, validation or own_validation
+    where: Location | None = train or own_train
+    validation = validation or own_validation
     if validation is None:
         raise DataError(f"evaluate: {subject.folder} knows of no held-out shards; name them by --validation")
-    shards = Shards(None if train is None else ShardFolder(train), ShardFolder(validation))
-    for folder in (shards.train, shards.validation):
-        found = None if folder is None else folder.manifest.tokenizer_sha256
+    shards = Shards(None if where is None else open_corpora(where, config), open_corpora(validation, config))
+    for corpora in (shards.train, shards.validation):
+        found = None if corpora is None else corpora.manifest.tokenizer_sha256
         if found is not None and subject.tokenizer_sha256 not in (None, found):
             raise DataError(
-                f"{folder.path if folder else ''}: tokenized otherwise than what {subject.folder} was trained on; "
+                f"{corpora.name if corpora else ''}: tokenized otherwise than what {subject.folder} was trained on; "
                 "prepare the text with the model's own tokenizer (prepare.tokenizer=FOLDER)"
             )
     return shards
 
 
-def _own_shards(subject: Subject) -> tuple[str | None, str | None]:
+def _own_shards(subject: Subject) -> tuple[Location | None, str | None]:
     config = subject.config
     if subject.run_dir is None:
         return None, None

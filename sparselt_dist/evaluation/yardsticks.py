@@ -31,7 +31,7 @@ from sparselt_dist.objectives.base import Collator, TokenizerInfo, get_objective
 from sparselt_dist.objectives.settings import MLMConfig
 
 if TYPE_CHECKING:
-    from sparselt_dist.data.shards import ShardFolder
+    from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.models.backbone import Backbone
 
 _SEED = 20230905  # of the order in which the recovered head sees its targets
@@ -51,8 +51,8 @@ class Size:
 
 def run_yardsticks(
     backbone: Backbone,
-    folder_train: ShardFolder,
-    folder_validation: ShardFolder,
+    train: Corpora,
+    validation: Corpora,
     tokenizer: TokenizerInfo,
     *,
     device: torch.device,
@@ -64,8 +64,8 @@ def run_yardsticks(
     state stays as it was.
     """
     size = size or Size()
-    counts_V = count_unigrams(folder_train, tokenizer.vocab_size, tokenizer.special_ids, max_tokens=size.counted_tokens)
-    setting = _Setting(backbone, folder_train, folder_validation, tokenizer, counts_V, device, size)
+    counts_V = count_unigrams(train, tokenizer.vocab_size, tokenizer.special_ids, max_tokens=size.counted_tokens)
+    setting = _Setting(backbone, train, validation, tokenizer, counts_V, device, size)
     results = _probe(setting)
     if tokenizer.mask_id is None:
         _LOG.warning("no yardstick/masked_ce, masked_accuracy and unigram_ce: the tokenizer has no mask token")
@@ -78,8 +78,8 @@ class _Setting:
     """What is measured, on which rows."""
 
     backbone: Backbone
-    train: ShardFolder
-    validation: ShardFolder
+    train: Corpora
+    validation: Corpora
     tokenizer: TokenizerInfo
     counts_V: np.ndarray
     device: torch.device

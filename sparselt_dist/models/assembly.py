@@ -25,6 +25,7 @@ def build_model(config: Config, tokenizer: TokenizerInfo) -> PretrainingModel:
         tokenizer,
         sequence_length=config.data.sequence_length,
         with_head=objective.needs_lm_head(settings),
+        unpad=config.train.unpad,
     )
     return PretrainingModel(backbone, objective.build_module(settings, backbone))
 

@@ -28,15 +28,21 @@ from sparselt_dist.config import ModelSection
 from sparselt_dist.data.batch import Batch
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.models.construction import POSITIONS_AFTER_PADDING, is_causal, make_model
+from sparselt_dist.models.unpadding import find_layout
 from sparselt_dist.objectives.base import LossOutput, TokenizerInfo
 
 
 class Backbone(nn.Module):
-    """A `transformers` model split at the entrance of its head."""
+    """A `transformers` model split at the entrance of its head.
 
-    def __init__(self, model: PreTrainedModel, *, has_head: bool) -> None:
+    Args:
+        unpad: compute padded batches without their padding, see `unpadding.py`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, has_head: bool, unpad: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.unpad = unpad
         self.config = model.config
         self.hidden_size: int = model.config.hidden_size
         self.vocab_size: int = model.config.vocab_size
@@ -68,6 +74,12 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: packed rows, and an architecture whose positions cannot be kept apart.
         """
+        if self.unpad and segment_ids is None and attention_mask is not None and position_ids is None:
+            layout = find_layout(attention_mask)
+            if layout is not None:
+                packed_RW = layout.pack(input_ids)
+                hidden_RWD = self(packed_RW, None, layout.segment_ids_RW, layout.position_ids_RW)
+                return layout.unpack(hidden_RWD, *input_ids.shape)
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepted else {}
         mask: Tensor | dict[str, Tensor] | None = attention_mask
         if segment_ids is not None:
@@ -188,7 +200,7 @@ class PretrainingModel(nn.Module):
 
 
 def build_backbone(
-    model: ModelSection, tokenizer: TokenizerInfo, *, sequence_length: int | None, with_head: bool
+    model: ModelSection, tokenizer: TokenizerInfo, *, sequence_length: int | None, with_head: bool, unpad: bool = False
 ) -> Backbone:
     """The configured backbone, float32, on the CPU; draws from torch's global generator, which the caller seeds.
 
@@ -200,4 +212,4 @@ def build_backbone(
         CheckpointError: `model.init_from` is no checkpoint, or one of another model or vocabulary.
     """
     built = make_model(model, tokenizer, sequence_length=sequence_length, with_head=with_head)
-    return Backbone(built, has_head=with_head)
+    return Backbone(built, has_head=with_head, unpad=unpad)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselt_dist.config import Config
-from sparselt_dist.data.shards import Manifest, read_manifest
+from sparselt_dist.data.manifest import Manifest, read_copy
 from sparselt_dist.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, tokenizer_info
 from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.journal import Journal
@@ -52,7 +52,7 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, *, metrics: Mapping[st
     recorded = recorded_metrics(loaded.run_dir, meta["step"]) if metrics is None else metrics
     card = model_card(
         config,
-        _training_manifest(config, meta["data_manifest_sha256"]),
+        _training_manifest(loaded.run_dir, meta["data_manifest_sha256"]),
         model_facts(loaded.model.backbone, loaded.tokenizer_dir),
         progress={"step": meta["step"], "tokens": meta["tokens"], "seconds": meta["progress"]["seconds"]},
         data_sha256=meta["data_manifest_sha256"],
@@ -182,18 +182,10 @@ def _marker_facts(loaded: LoadedCheckpoint) -> dict[str, Any]:
     }
 
 
-def _training_manifest(config: Config, sha256: str) -> Manifest | None:
-    """The manifest of the run's training shards, if it is still the one that was trained on."""
-    prepared = Path(config.prepare.output_dir)
-    candidates = [Path(config.data.train)] if config.data.train is not None else [prepared / "train", prepared]
-    for folder in candidates:
-        try:
-            manifest = read_manifest(folder if folder.is_dir() else folder.parent)
-        except DataError:
-            continue
-        if manifest.sha256 == sha256:
-            return manifest
-    return None
+def _training_manifest(run_dir: Path, sha256: str) -> Manifest | None:
+    """The run's copy of its training shards' manifest, if it is of the shards that this checkpoint was trained on."""
+    manifest = read_copy(run_dir)
+    return manifest if manifest is not None and manifest.sha256 == sha256 else None
 
 
 # --- the parts of the folder -----------------------------------------------------------------------------------------

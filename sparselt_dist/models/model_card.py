@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sparselt_dist.config import Config
-from sparselt_dist.data.shards import Manifest
+from sparselt_dist.data.manifest import Manifest
 
 _MEANING = {
     "eval/loss": "held-out loss of the objective",

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparselt_dist.data.batch import mix64, purpose_key, random_bits
+from sparselt_dist.data.randomness import mix64, purpose_key, random_bits
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.objectives.base import TokenizerInfo
 

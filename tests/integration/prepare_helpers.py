@@ -11,8 +11,9 @@ import numpy as np
 
 from sparselt_dist.config_loading import load_config
 from sparselt_dist.data.cleaning import normalize
+from sparselt_dist.data.corpora import open_folder
+from sparselt_dist.data.manifest import file_sha256
 from sparselt_dist.data.preparation import PrepareReport, prepare
-from sparselt_dist.data.shards import ShardFolder, file_sha256
 
 TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 SMALL = {"prepare.vocab_size": 700, "prepare.num_workers": 1, "data.sequence_length": 32}
@@ -34,8 +35,8 @@ def run_prepare(source: Path, output: Path, **settings: Any) -> PrepareReport:
 
 
 def all_ids(folder: Path) -> list[np.ndarray]:
-    shards = ShardFolder(folder)
-    return shards.read(np.arange(shards.num_samples))
+    shards = open_folder(folder)
+    return shards.ids(np.arange(shards.num_samples))
 
 
 def file_hashes(output: Path) -> dict[str, str]:

@@ -230,15 +230,15 @@ def test_a_checkpoint_is_evaluated_by_its_own_objective(run: Run, capsys: pytest
 @torch.no_grad()
 def _objective_loss(run: Run) -> float:
     """The same rows and masks in one batch."""
+    from sparselt_dist.data.corpora import open_folder
     from sparselt_dist.data.loader import evaluation_batches
-    from sparselt_dist.data.shards import ShardFolder
     from sparselt_dist.data.tokenizer import tokenizer_info
     from sparselt_dist.models.assembly import build_collator
 
     root = run[0].parent
     collator = build_collator(toy_config(root), tokenizer_info(root / "tokenizer"))
     (batch,) = evaluation_batches(
-        ShardFolder(root / "validation"), collator, max_samples=64, micro_batch_size=64, rank=0, world_size=1
+        open_folder(root / "validation"), collator, max_samples=64, micro_batch_size=64, rank=0, world_size=1
     )
     return run[1](batch).loss.item()
 

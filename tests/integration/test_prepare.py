@@ -14,8 +14,9 @@ from prepare_helpers import TEXTS, all_ids, arguments_of, kept_texts, run_prepar
 
 from sparselt_dist import prepare as prepare_command
 from sparselt_dist import shards as shards_command
-from sparselt_dist.data.shards import ShardFolder, read_manifest
-from sparselt_dist.data.tokenizer import check_tokenizer, load_for_text
+from sparselt_dist.data.corpora import open_folder
+from sparselt_dist.data.manifest import read_manifest
+from sparselt_dist.data.tokenizer import load_for_text
 from sparselt_dist.data.verification import verify
 from sparselt_dist.errors import DataError
 
@@ -30,7 +31,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_rows_are_the_documents_end_to_end(corpus: Path, tmp_path: Path) -> None:
     report = run_prepare(corpus, tmp_path / "out", prepare__order="source")
-    tokenizer, info = load_for_text(tmp_path / "out/tokenizer"), check_tokenizer(report.train_dir)
+    tokenizer, info = load_for_text(tmp_path / "out/tokenizer"), open_folder(report.train_dir).check_tokenizer()
     stream: list[int] = []
     for text in kept_texts(TEXTS[:40]):
         stream += [*tokenizer.encode(text, add_special_tokens=False).ids, info.sep_id or -1]
@@ -52,7 +53,7 @@ def test_shuffled_rows_are_the_same_rows(corpus: Path, tmp_path: Path) -> None:
         row.tobytes() for row in all_ids(run_prepare(corpus, tmp_path / "b", prepare__samples_per_shard=100).train_dir)
     ]
     assert sorted(source) == sorted(shuffled) and source != shuffled
-    assert len(ShardFolder(tmp_path / "b").shards) == -(-len(source) // 100)
+    assert len(open_folder(tmp_path / "b").manifest.shards) == -(-len(source) // 100)
     moved = np.mean([one != other for one, other in zip(source, shuffled, strict=True)])
     assert moved > 0.95
 
@@ -69,7 +70,7 @@ def test_sentence_length_order_is_descending_and_stable(corpus: Path, tmp_path: 
 @pytest.mark.parametrize("settings", [{"data__sequence_length": None}, {"prepare__packing": "documents"}])
 def test_documents_are_kept_whole(corpus: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     report = run_prepare(corpus, tmp_path / "out", prepare__order="source", **settings)
-    tokenizer, info = load_for_text(tmp_path / "out/tokenizer"), check_tokenizer(report.train_dir)
+    tokenizer, info = load_for_text(tmp_path / "out/tokenizer"), open_folder(report.train_dir).check_tokenizer()
     manifest = read_manifest(report.train_dir)
     assert (manifest.kind, manifest.sequence_length) == ("documents", None)
     for text, ids in zip(kept_texts(TEXTS[:40]), all_ids(report.train_dir), strict=True):
@@ -107,7 +108,7 @@ def test_compressible_documents_are_kept_exactly(corpus: Path, tmp_path: Path) -
 
 def test_near_duplicates_go_and_one_of_each_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datatrove")
-    monkeypatch.setattr("sparselt_dist.data.collection.BATCH_CHARACTERS", 20_000)  # duplicates lie in several chunks
+    monkeypatch.setattr("sparselt_dist.data.sources.MIN_SEGMENT_BYTES", 20_000)  # duplicates lie in several chunks
     texts = [text for text in kept_texts(TEXTS) if len(text) > 2000][:12]
     near = [text.replace(" the ", " The ", 3) + " One more closing sentence." for text in texts[:4]]
     source = write_jsonl(tmp_path / "c.jsonl", texts + near + [near[0].upper()])
@@ -160,7 +161,7 @@ def test_every_tokenizer_serves(corpus: Path, tmp_path: Path, kind: str) -> None
 
 def test_crammed_shards_hold_no_unknown_token(corpus: Path, tmp_path: Path) -> None:
     report = run_prepare(corpus, tmp_path / "out", prepare__normalize="crammed")
-    info = check_tokenizer(report.train_dir)
+    info = open_folder(report.train_dir).check_tokenizer()
     ids = np.concatenate(all_ids(report.train_dir))
     assert set(np.unique(ids)) & set(info.special_ids) == {info.sep_id} == {5}
 
@@ -169,7 +170,7 @@ def test_an_existing_tokenizer_is_taken(corpus: Path, tmp_path: Path) -> None:
     first = run_prepare(corpus, tmp_path / "a").train_dir
     second = run_prepare(corpus, tmp_path / "b", prepare__tokenizer=str(first / "tokenizer")).train_dir
     assert [ids.tobytes() for ids in all_ids(first)] == [ids.tobytes() for ids in all_ids(second)]
-    assert check_tokenizer(first) == check_tokenizer(second)
+    assert open_folder(first).check_tokenizer() == open_folder(second).check_tokenizer()
 
 
 def test_sources_and_licences_are_accounted_for(tmp_path: Path) -> None:

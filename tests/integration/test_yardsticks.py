@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,8 @@ from toy_run import LENGTH, make_data
 
 from sparselt_dist.config import ModelSection
 from sparselt_dist.data.batch import IGNORE_INDEX
+from sparselt_dist.data.corpora import Corpora
 from sparselt_dist.data.loader import Loader
-from sparselt_dist.data.shards import ShardFolder
 from sparselt_dist.evaluation.yardsticks import Size, run_yardsticks
 from sparselt_dist.models.backbone import Backbone, build_backbone
 from sparselt_dist.objectives import get_objective
@@ -20,7 +21,7 @@ from sparselt_dist.objectives.settings import MLMConfig
 
 SMALL = Size(heldout_tokens=6000, training_tokens=8000, probe_tokens=4000, counted_tokens=20_000, head_steps=40)
 CPU = torch.device("cpu")
-Data = tuple[ShardFolder, ShardFolder, TokenizerInfo]
+Data = tuple[Corpora, Corpora, TokenizerInfo]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +60,7 @@ def _train(backbone: Backbone, data: Data, steps: int, contrastive: bool) -> Non
         start_position=0,
     )
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=4e-3)
-    for step, (batch, _) in zip(range(steps), loader, strict=False):
+    for step, (batch, *_) in zip(range(steps), loader, strict=False):
         optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
         chosen = batch["labels"] != IGNORE_INDEX
         hidden, targets = backbone(batch["input_ids"])[chosen], batch["labels"][chosen]
@@ -78,7 +79,7 @@ def _train(backbone: Backbone, data: Data, steps: int, contrastive: bool) -> Non
 def _own_head(backbone: Backbone, data: Data) -> float:
     """Cross-entropy of held-out masked targets by the backbone's own head."""
     collator = get_objective("mlm").build_collator(MLMConfig(masking="exact"), data[2])
-    examples = [{"key": str(n), "ids": data[1].ids(n), "seed": n} for n in range(200)]
+    examples = [{"key": str(n), "ids": data[1].ids(np.array([n]))[0], "seed": n} for n in range(200)]
     batch = collator(examples)  # type: ignore[arg-type]
     chosen = batch["labels"] != IGNORE_INDEX
     logits = backbone.logits(backbone.eval()(batch["input_ids"])[chosen])

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import dump
-from sparselt_dist.data.manifest import SourceEntry
-from sparselt_dist.data.shards import ShardFolder, ShardWriter, write_manifest
+from sparselt_dist.data.corpora import Corpora, open_folder
+from sparselt_dist.data.manifest import SourceEntry, write_copy, write_manifest
+from sparselt_dist.data.shard_writer import ShardWriter
 from sparselt_dist.data.tokenizer import tokenizer_info
 from sparselt_dist.models.assembly import build_model
 from sparselt_dist.models.backbone import PretrainingModel
@@ -54,7 +55,7 @@ def markov_rows(rows: int, seed: int) -> np.ndarray:
     return ids + len(SPECIAL)
 
 
-def write_shards(folder: Path, rows: np.ndarray, tokenizer_dir: Path) -> ShardFolder:
+def write_shards(folder: Path, rows: np.ndarray, tokenizer_dir: Path) -> Corpora:
     """The rows as a shard folder."""
     writer = ShardWriter(folder, kind="rows", dtype="uint16")
     writer.extend(rows)
@@ -68,16 +69,14 @@ def write_shards(folder: Path, rows: np.ndarray, tokenizer_dir: Path) -> ShardFo
         tokenizer_sha256=tokenizer_sha256(tokenizer_dir),
         sources=[SourceEntry("toy|chain", "CC0-1.0", 7, 12345)],
     )
-    return ShardFolder(folder)
+    return open_folder(folder)
 
 
 def tokenizer_sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def make_data(
-    root: Path, *, train_rows: int = 600, mask: bool = True
-) -> tuple[ShardFolder, ShardFolder, TokenizerInfo]:
+def make_data(root: Path, *, train_rows: int = 600, mask: bool = True) -> tuple[Corpora, Corpora, TokenizerInfo]:
     """Training shards, held-out shards and the tokenizer (in `root/tokenizer`)."""
     write_tokenizer(root / "tokenizer", mask=mask)
     train = write_shards(root / "train", markov_rows(train_rows, 1), root / "tokenizer")
@@ -125,7 +124,7 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
         "world_size": 1,
         "progress": {"step": step, "tokens": step * 16 * LENGTH, "position": step * 16, "seconds": 12.0},
         "config": config.model_dump(mode="json"),
-        "data_manifest_sha256": ShardFolder(root / "train").manifest.sha256,
+        "data_manifest_sha256": open_folder(root / "train").manifest.sha256,
         "tokenizer_sha256": tokenizer_sha256(root / "tokenizer"),
         "files": {},
     }
@@ -133,6 +132,7 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / "COMPLETE").write_text("")
     (run_dir / "run_id").write_text(run_id)
+    write_copy(open_folder(root / "train").manifest, run_dir)
     (run_dir / "config.resolved.yaml").write_text(dump(config))
     lines = [{"step": step, "eval/loss": 4.25, "yardstick/masked_ce": 3.5}, {"step": step + 1, "eval/loss": 9.0}]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

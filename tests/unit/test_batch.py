@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparselt_dist.data.batch import Example, mix64, pad_examples, purpose_key, random_bits, random_uniform
+from sparselt_dist.data.batch import Example, pad_examples
+from sparselt_dist.data.randomness import mix64, purpose_key, random_bits, random_uniform
 
 
 def _examples(*lengths: int) -> list[Example]:

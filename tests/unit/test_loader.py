@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from sparselt_dist.data.batch import IGNORE_INDEX, Batch, Example
+from sparselt_dist.data.corpora import Corpora, open_folder
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
+from sparselt_dist.data.manifest import write_manifest
 from sparselt_dist.data.order import SampleOrder
-from sparselt_dist.data.shards import ShardFolder, ShardWriter, write_manifest
+from sparselt_dist.data.shard_writer import ShardWriter
 from sparselt_dist.errors import DataError
 from sparselt_dist.objectives.base import TokenizerInfo
 from sparselt_dist.objectives.mlm import MLMCollator
@@ -30,7 +32,7 @@ TOKENIZER = TokenizerInfo(vocab_size=VOCAB, pad_id=0, mask_id=4, special_ids=(0,
 COLLATOR = MLMCollator(MLMConfig(mlm_probability=0.3), TOKENIZER)
 
 
-def write_shards(path: Path, *, rows: bool = True, bad_sample: int | None = None) -> ShardFolder:
+def write_shards(path: Path, *, rows: bool = True, bad_sample: int | None = None) -> Corpora:
     """83 samples in shards of 10; a sample begins with its own number plus 100."""
     writer = ShardWriter(path, kind="rows" if rows else "documents", dtype="uint16", samples_per_shard=10)
     generator = np.random.default_rng(0)
@@ -49,16 +51,16 @@ def write_shards(path: Path, *, rows: bool = True, bad_sample: int | None = None
         vocab_size=VOCAB,
         tokenizer_sha256="",
     )
-    return ShardFolder(path)
+    return open_folder(path)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> ShardFolder:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
     return write_shards(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> ShardFolder:
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Corpora:
     return write_shards(tmp_path_factory.mktemp("documents"), rows=False)
 
 
@@ -81,7 +83,7 @@ class Plain:
         return {"input_ids": ids, "labels": ids, "num_targets": tokens, "num_tokens": tokens, "plain/seeds": seeds}
 
 
-def make_loader(folder: ShardFolder, collator: Any = COLLATOR, **changes: Any) -> Loader:
+def make_loader(folder: Corpora, collator: Any = COLLATOR, **changes: Any) -> Loader:
     options: dict[str, Any] = {
         "seed": 1,
         "window": 3,
@@ -94,7 +96,7 @@ def make_loader(folder: ShardFolder, collator: Any = COLLATOR, **changes: Any) -
     return Loader(folder, collator, **{**options, **changes})
 
 
-def global_steps(folder: ShardFolder, steps: int, *, world: int, micro: int, workers: int, start: int = 0) -> list[Any]:
+def global_steps(folder: Corpora, steps: int, *, world: int, micro: int, workers: int, start: int = 0) -> list[Any]:
     """(digest, input_ids, labels) of global steps of 16 samples, the rows in global order."""
     ranks: list[Iterator[MicroBatch]] = [
         iter(
@@ -116,7 +118,7 @@ def global_steps(folder: ShardFolder, steps: int, *, world: int, micro: int, wor
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_global_step_does_not_depend_on_how_it_is_split(
-    folder: ShardFolder, world: int, micro: int, workers: int
+    folder: Corpora, world: int, micro: int, workers: int
 ) -> None:
     expected = global_steps(folder, 7, world=1, micro=16, workers=0)  # 112 samples: across an epoch's end
     found = global_steps(folder, 7, world=world, micro=micro, workers=workers)
@@ -125,31 +127,31 @@ def test_a_global_step_does_not_depend_on_how_it_is_split(
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
-def test_continuing_is_starting_elsewhere(folder: ShardFolder) -> None:
+def test_continuing_is_starting_elsewhere(folder: Corpora) -> None:
     straight = global_steps(folder, 9, world=1, micro=4, workers=0)
     continued = global_steps(folder, 5, world=2, micro=2, workers=0, start=4 * 16)
     assert [step[0] for step in continued] == [step[0] for step in straight[4:]]
     assert all(torch.equal(one[2], other[2]) for one, other in zip(continued, straight[4:], strict=True))
 
 
-def test_an_epoch_holds_every_sample_once_and_the_next_one_new_masks(folder: ShardFolder) -> None:
+def test_an_epoch_holds_every_sample_once_and_the_next_one_new_masks(folder: Corpora) -> None:
     batches = islice(make_loader(folder, Plain(), micro_batch_size=1), 2 * SAMPLES)
     drawn = [(int(b.batch["input_ids"][0, 0]) - 100, int(b.batch["plain/seeds"][0])) for b in batches]
     assert sorted(sample for sample, _ in drawn[:SAMPLES]) == list(range(SAMPLES))
     assert sorted(sample for sample, _ in drawn[SAMPLES:]) == list(range(SAMPLES))
     assert len({seed for _, seed in drawn}) == 2 * SAMPLES
-    expected = SampleOrder(folder.shard_samples, 1, 3).samples(np.arange(2 * SAMPLES))[1]
+    expected = SampleOrder(folder.shard_samples[0], 1, 3).samples(np.arange(2 * SAMPLES))[1]
     assert [sample for sample, _ in drawn] == expected.tolist()
 
 
-def test_documents_keep_their_own_lengths(documents: ShardFolder) -> None:
+def test_documents_keep_their_own_lengths(documents: Corpora) -> None:
     batch = next(iter(make_loader(documents, micro_batch_size=SAMPLES))).batch
     assert int(batch["num_tokens"]) == documents.manifest.tokens == int(batch["attention_mask"].sum())
     assert sorted(batch["attention_mask"].sum(dim=1).tolist()) == sorted(4 + sample % 13 for sample in range(SAMPLES))
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"start_position": 16}, {"window": 5}])
-def test_digest_depends_on_what_is_delivered_and_when(folder: ShardFolder, change: dict[str, int]) -> None:
+def test_digest_depends_on_what_is_delivered_and_when(folder: Corpora, change: dict[str, int]) -> None:
     first = next(iter(make_loader(folder, micro_batch_size=16)))
     assert next(iter(make_loader(folder, micro_batch_size=16, **change))).digest != first.digest
     assert next(iter(make_loader(folder, Plain(), micro_batch_size=16))).digest == first.digest
@@ -161,22 +163,22 @@ def test_digest_hex() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_keys_name_the_samples_of_a_step(folder: ShardFolder, workers: int) -> None:
+def test_keys_name_the_samples_of_a_step(folder: Corpora, workers: int) -> None:
     loader = make_loader(folder, Plain(), rank=1, world_size=2, start_position=8, num_workers=workers)
     batches = iter(loader)
     next(batches)
     following = torch.cat([next(batches).batch["input_ids"][:, 0] for _ in range(2)]) - 100
-    assert loader.keys(8 + 8, 6) == [folder.key(int(sample)) for sample in following[:6]]
+    assert loader.keys(8 + 8, 6) == folder.keys(following[:6].numpy())
 
 
-def test_batches_from_workers_are_writable_tensors(folder: ShardFolder) -> None:
+def test_batches_from_workers_are_writable_tensors(folder: Corpora) -> None:
     batch = next(iter(make_loader(folder, num_workers=1))).batch
     assert all(isinstance(value, torch.Tensor) for value in batch.values())
     batch["labels"].fill_(IGNORE_INDEX)  # numpy warns of arrays that are not; warnings are errors
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_moves_no_global_generator(folder: ShardFolder, workers: int) -> None:
+def test_loading_moves_no_global_generator(folder: Corpora, workers: int) -> None:
     before = (torch.get_rng_state(), str(np.random.get_state()))
     next(iter(make_loader(folder, num_workers=workers)))
     assert torch.equal(torch.get_rng_state(), before[0]) and str(np.random.get_state()) == before[1]
@@ -194,7 +196,7 @@ def test_a_bad_id_names_shard_and_sample(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_failing_collator_names_shard_and_sample(folder: ShardFolder, workers: int) -> None:
+def test_a_failing_collator_names_shard_and_sample(folder: Corpora, workers: int) -> None:
     collator = Plain("shard-000003/7", "raise")
     with pytest.raises(
         DataError, match=r"sample shard-000003/7: the collator Plain failed: ValueError: three"
@@ -203,7 +205,7 @@ def test_a_failing_collator_names_shard_and_sample(folder: ShardFolder, workers:
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_dead_worker_ends_the_stream_and_names_its_samples(folder: ShardFolder) -> None:
+def test_a_dead_worker_ends_the_stream_and_names_its_samples(folder: Corpora) -> None:
     collator = Plain("shard-000003/7", "die")
     started = time.monotonic()
     with pytest.raises(DataError, match=r"worker died at the samples .*shard-000003/7.*data.num_workers=0"):
@@ -211,7 +213,7 @@ def test_a_dead_worker_ends_the_stream_and_names_its_samples(folder: ShardFolder
     assert time.monotonic() - started < 30
 
 
-def test_workers_leave_signals_to_the_training_process(folder: ShardFolder) -> None:
+def test_workers_leave_signals_to_the_training_process(folder: Corpora) -> None:
     loader = make_loader(folder, num_workers=2)
     batches = iter(loader)
     list(islice(batches, 2))  # one from each worker, so that both have told their process ids
@@ -235,29 +237,29 @@ def test_workers_leave_signals_to_the_training_process(folder: ShardFolder) -> N
 _LEAVES_WORKERS_BEHIND = """
 import sys
 from sparselt_dist.data.loader import Loader
-from sparselt_dist.data.shards import ShardFolder
+from sparselt_dist.data.corpora import open_folder
 
 class Ones:
     def __call__(self, examples):
         import torch
         return {"labels": torch.ones(1)}
 
-batches = iter(Loader(ShardFolder(sys.argv[1]), Ones(), seed=0, window=1, micro_batch_size=1, rank=0, world_size=1,
+batches = iter(Loader(open_folder(sys.argv[1]), Ones(), seed=0, window=1, micro_batch_size=1, rank=0, world_size=1,
                       num_workers=2, start_position=0))
 next(batches)
 sys.exit(7)
 """
 
 
-def test_leaving_the_process_with_live_workers_does_not_hang(folder: ShardFolder) -> None:
-    command = [sys.executable, "-c", _LEAVES_WORKERS_BEHIND, str(folder.path)]
+def test_leaving_the_process_with_live_workers_does_not_hang(folder: Corpora) -> None:
+    command = [sys.executable, "-c", _LEAVES_WORKERS_BEHIND, folder.name]
     assert subprocess.run(command, timeout=120, check=False).returncode == 7
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def _evaluation(folder: ShardFolder, world: int, micro: int, max_samples: int) -> list[list[Batch]]:
+def _evaluation(folder: Corpora, world: int, micro: int, max_samples: int) -> list[list[Batch]]:
     return [
         list(
             evaluation_batches(
@@ -270,7 +272,7 @@ def _evaluation(folder: ShardFolder, world: int, micro: int, max_samples: int) -
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 4), (2, 4), (4, 2), (3, 5), (4, 16)])
 def test_evaluation_covers_the_first_samples_once_on_equal_numbers_of_batches(
-    folder: ShardFolder, world: int, micro: int
+    folder: Corpora, world: int, micro: int
 ) -> None:
     ranks = _evaluation(folder, world, micro, max_samples=21)
     assert len({len(batches) for batches in ranks}) == 1
@@ -284,12 +286,12 @@ def test_evaluation_covers_the_first_samples_once_on_equal_numbers_of_batches(
         assert int(batch["num_targets"]) == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
-def test_evaluation_stops_at_the_end_of_the_folder(folder: ShardFolder) -> None:
+def test_evaluation_stops_at_the_end_of_the_folder(folder: Corpora) -> None:
     batches = _evaluation(folder, 1, 10, max_samples=10_000)[0]
     assert sum(len(batch["labels"]) for batch in batches) == SAMPLES
 
 
-def test_loader_reads_a_pickled_folder(folder: ShardFolder) -> None:
+def test_loader_reads_a_pickled_folder(folder: Corpora) -> None:
     other = pickle.loads(pickle.dumps(folder))
     one, two = (next(iter(make_loader(each))).batch["input_ids"] for each in (folder, other))
     assert torch.equal(one, two)

@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from sparselt_dist.data.order import SampleOrder, permute, sample_seed
+from sparselt_dist.data.order import SampleOrder, permute
+from sparselt_dist.data.randomness import sample_seed
 from sparselt_dist.errors import DataError
 
 

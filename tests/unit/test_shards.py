@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from sparselt_dist.data.manifest import Kind, file_sha256
+from sparselt_dist.data.corpora import open_folder
+from sparselt_dist.data.manifest import Kind, file_sha256, read_manifest, write_manifest
 from sparselt_dist.data.shard_index import index_path, read_index, scan_tar
-from sparselt_dist.data.shards import ShardFolder, ShardWriter, id_dtype, read_manifest, write_manifest
+from sparselt_dist.data.shard_writer import ShardWriter, id_dtype
 from sparselt_dist.data.tokenizer_training import save_trained, train_tokenizer
 from sparselt_dist.data.verification import verify
 from sparselt_dist.errors import DataError
@@ -62,12 +63,12 @@ def rows(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", ["rows", "documents"])
 def test_samples_are_read_back_at_random(tmp_path: Path, kind: Kind) -> None:
     samples = _samples(kind)
-    folder = pickle.loads(pickle.dumps(ShardFolder(_write(tmp_path / "s", kind, samples))))
+    folder = pickle.loads(pickle.dumps(open_folder(_write(tmp_path / "s", kind, samples))))
     order = np.random.default_rng(1).permutation(len(samples))
-    assert all(np.array_equal(read, samples[number]) for read, number in zip(folder.read(order), order, strict=True))
-    assert folder.num_samples == 700 and folder.shard_samples == [300, 300, 100]
-    assert folder.key(301) == "shard-000001/1"
-    assert folder.lengths(2).tolist() == [len(sample) for sample in samples[600:]]
+    assert all(np.array_equal(read, samples[number]) for read, number in zip(folder.ids(order), order, strict=True))
+    assert folder.num_samples == 700 and folder.shard_samples == [[300, 300, 100]]
+    assert folder.keys(np.array([301]))[0] == "shard-000001/1"
+    assert folder.folders[0].lengths(2).tolist() == [len(sample) for sample in samples[600:]]
     assert folder.manifest.tokens == sum(map(len, samples))
 
 
@@ -101,26 +102,27 @@ def test_a_sound_folder_has_no_fault(rows: Path) -> None:
 
 
 def test_index_is_optional_and_never_trusted_blindly(rows: Path) -> None:
-    before = ShardFolder(rows).ids(450)
+    before = open_folder(rows).ids(np.array([450]))[0]
     shard = rows / "shard-000001.tar"
     index = json.loads(index_path(shard).read_text())
     assert read_index(shard, "rows") == scan_tar(shard, "rows")
     for member in index["members"]:
         member["offset"] += 512
     index_path(shard).write_text(json.dumps(index))
-    assert np.array_equal(ShardFolder(rows).ids(450), before)
+    assert np.array_equal(open_folder(rows).ids(np.array([450]))[0], before)
     assert any("shard-000001.index.json" in fault for fault in verify(rows))
     index_path(shard).unlink()
-    assert np.array_equal(ShardFolder(rows).ids(450), before)
+    assert np.array_equal(open_folder(rows).ids(np.array([450]))[0], before)
 
 
 def test_a_glob_opens_some_shards(rows: Path) -> None:
-    part = ShardFolder(str(rows / "shard-00000[12].tar"))
-    assert part.shard_samples == [300, 100] and part.key(0) == "shard-000001/0"
-    with pytest.raises(DataError, match="matches 0 paths"):
-        ShardFolder(str(rows / "nothing-*.tar"))
-    with pytest.raises(DataError, match="remote"):
-        ShardFolder("s3://bucket/shards")
+    part = open_folder(str(rows / "shard-00000[12].tar"))
+    assert part.shard_samples == [[300, 100]] and part.keys(np.array([0]))[0] == "shard-000001/0"
+    assert part.manifest.samples == 400 and part.manifest.sha256 != open_folder(rows).manifest.sha256
+    with pytest.raises(DataError, match="matches nothing"):
+        open_folder(str(rows / "nothing-*.tar"))
+    with pytest.raises(DataError, match=r"not listed in manifest\.json"):
+        open_folder(str(rows / "shard-00000{1,7}.tar"))
 
 
 def _truncate(folder: Path) -> None:
@@ -205,23 +207,23 @@ def test_verify_reports_another_tokenizer(rows: Path) -> None:
 def test_opening_names_a_truncated_or_missing_shard(rows: Path) -> None:
     _truncate(rows)
     with pytest.raises(DataError, match=r"shard-000001\.tar: truncated: found \d+ bytes, expected"):
-        ShardFolder(rows)
+        open_folder(rows)
     _remove(rows)
     with pytest.raises(DataError, match=r"shard-000001\.tar: listed in manifest\.json"):
-        ShardFolder(rows)
+        open_folder(rows)
 
 
 def test_reading_names_an_id_outside_the_vocabulary(rows: Path) -> None:
     _id_outside(rows)
-    folder = ShardFolder(rows)
-    assert folder.ids(306).max() == 0
+    folder = open_folder(rows)
+    assert folder.ids(np.array([306]))[0].max() == 0
     with pytest.raises(DataError, match=r"shard-000001\.tar: sample 7 holds token id 64, outside the vocabulary of 64"):
-        folder.ids(307)
+        folder.ids(np.array([307]))[0]
 
 
 def test_a_tar_packed_by_another_tool_is_read(rows: Path) -> None:
     shard = rows / "shard-000001.tar"
-    before = ShardFolder(rows).ids(450)
+    before = open_folder(rows).ids(np.array([450]))[0]
     unpacked = rows.parent / "unpacked"
     with tarfile.open(shard) as tar:
         tar.extractall(unpacked, filter="data")
@@ -234,7 +236,7 @@ def test_a_tar_packed_by_another_tool_is_read(rows: Path) -> None:
     manifest = json.loads((rows / "manifest.json").read_text())
     manifest["shards"][1] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
     (rows / "manifest.json").write_text(json.dumps(manifest))
-    assert np.array_equal(ShardFolder(rows).ids(450), before)
+    assert np.array_equal(open_folder(rows).ids(np.array([450]))[0], before)
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from sparselt_dist.data.corpora import open_folder
 from sparselt_dist.data.manifest import file_sha256, write_manifest
-from sparselt_dist.data.shards import ShardWriter
+from sparselt_dist.data.shard_writer import ShardWriter
 from sparselt_dist.data.tokenizer import (
     TRAINED_KINDS,
     TokenizerKind,
-    check_tokenizer,
     copy_tokenizer,
     load_for_text,
     tokenizer_info,
@@ -166,14 +166,14 @@ def test_shards_are_checked_against_their_tokenizer(tmp_path: Path) -> None:
         )
 
     complete(600)
-    assert check_tokenizer(folder) == tokenizer_info(folder) == tokenizer_info(folder / "tokenizer")
+    assert open_folder(folder).check_tokenizer() == tokenizer_info(folder) == tokenizer_info(folder / "tokenizer")
     complete(601)
     with pytest.raises(DataError, match="has 600 entries, the manifest says 601"):
-        check_tokenizer(folder)
+        open_folder(folder).check_tokenizer()
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"tokenizer\.json: does not match the shards"):
-        check_tokenizer(folder)
+        open_folder(folder).check_tokenizer()
     path.unlink()
     with pytest.raises(DataError, match=r"tokenizer\.json: missing"):
-        check_tokenizer(folder)
+        open_folder(folder).check_tokenizer()
