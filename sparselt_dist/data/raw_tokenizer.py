@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparselt_dist.data.manifest import TOKENIZER
+from sparselt_dist.data.exclusion import one_at_a_time
+from sparselt_dist.data.manifest import TOKENIZER, file_sha256
 from sparselt_dist.data.shard_files import Access
 from sparselt_dist.data.storage import is_remote
 from sparselt_dist.data.tokenizer import TOKENIZER_FILE, TRAINED_KINDS, copy_tokenizer
@@ -45,7 +44,8 @@ def find_tokenizer(
     if not is_remote(location) and (beside / TOKENIZER_FILE).is_file():
         return beside
     if choice.name not in TRAINED_KINDS:
-        identity = str(Path(choice.name).expanduser().resolve())
+        file = Path(choice.name).expanduser() / TOKENIZER_FILE
+        identity = f"{file.resolve()} {file_sha256(file) if file.is_file() else ''}"
         return _made_once(access, identity, lambda folder: copy_tokenizer(choice.name, folder))
     identity = json.dumps([content, choice.name, choice.vocab_size, choice.characters, choice.crammed])
     return _made_once(access, identity, lambda folder: _train(choice, documents, folder))
@@ -69,12 +69,11 @@ def _train(choice: TokenizerChoice, documents: Callable[[], Iterator[str]], fold
 def _made_once(access: Access, identity: str, make: Callable[[Path], None]) -> Path:
     """A folder of the cache, made by the first of all processes that need it."""
     folder = access.cache_dir / "tokenizers" / hashlib.sha256(identity.encode()).hexdigest()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(folder):
         if not (folder / TOKENIZER_FILE).is_file():
-            partial = folder.with_suffix(f".{os.getpid()}.partial")
+            partial = folder.with_name(folder.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             make(partial)
+            shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
     return folder

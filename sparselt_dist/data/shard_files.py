@@ -17,6 +17,7 @@ from sparselt_dist.data.manifest import MANIFEST, ShardEntry, file_sha256
 from sparselt_dist.data.storage import RetryPolicy, is_remote, join
 from sparselt_dist.errors import DataError
 
+_OPENINGS = 3  # of a copy that another process removes from the cache in the moment between bringing and opening it
 OPEN_SHARDS = 256  # held open at once; the files of a window are all in use
 
 
@@ -95,7 +96,7 @@ class ShardFiles(Generic[Opened]):
         if shard in self._bad:
             return None
         try:
-            opened = self._open_shard(self._fetched(shard), shard)
+            opened = self._open(shard)
         except DataError as fault:
             if not self._access.skip_bad:
                 raise
@@ -130,6 +131,19 @@ class ShardFiles(Generic[Opened]):
             return
         for shard, entry in enumerate(self.entries):
             _check_size(Path(self.url(shard)), entry)
+
+    def _open(self, shard: int) -> Opened:
+        for _ in range(_OPENINGS):
+            path = self._fetched(shard)
+            try:
+                return self._open_shard(path, shard)
+            except (DataError, FileNotFoundError):
+                if self._cache is None or path.exists():
+                    raise
+        raise DataError(
+            f"{self.url(shard)}: its copy {path} was removed {_OPENINGS} times to make room before it could be opened; "
+            "raise data.cache_gib"
+        )
 
     def _fetched(self, shard: int) -> Path:
         entry = self.entries[shard]
