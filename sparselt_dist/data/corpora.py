@@ -256,7 +256,7 @@ def _joined_manifest(corpora: Sequence[Corpus]) -> Manifest:
         kind=first.kind if len(kinds) == 1 else "documents",
         sequence_length=max(known) if len(known) == len(lengths) else None,
         samples=sum(entry.samples for entry in shards),
-        tokens=sum(entry.tokens for entry in shards),
+        tokens=0 if "text" in kinds else sum(entry.tokens for entry in shards),
         shards=shards,
         sources=tuple(source for folder in folders for source in folder.manifest.sources),
         sha256=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),

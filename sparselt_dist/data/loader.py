@@ -251,6 +251,10 @@ class Loader:
         )
         return map(self._pinned, self._from_workers(_start(loader)))
 
+    def planned(self, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and global sample numbers of this rank's micro-step of that number, int64 [micro_batch_size] each."""
+        return self._steps.planned(micro_step)[1:]
+
     def keys(self, position: int, count: int) -> list[str]:
         """Keys of the first `count` samples that this rank takes of the global step that begins at `position`."""
         return self._steps.keys(position, count)

@@ -45,10 +45,21 @@ def find_tokenizer(
         return beside
     if choice.name not in TRAINED_KINDS:
         file = Path(choice.name).expanduser() / TOKENIZER_FILE
+        if _is_plain(file):
+            return file.parent
         identity = f"{file.resolve()} {file_sha256(file) if file.is_file() else ''}"
         return _made_once(access, identity, lambda folder: copy_tokenizer(choice.name, folder))
     identity = json.dumps([content, choice.name, choice.vocab_size, choice.characters, choice.crammed])
     return _made_once(access, identity, lambda folder: _train(choice, documents, folder))
+
+
+def _is_plain(file: Path) -> bool:
+    """Whether a tokenizer can be used where it is: it cuts and pads nothing. So it is the very one that shards have."""
+    try:
+        stored = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and stored.get("truncation") is None and stored.get("padding") is None
 
 
 def _train(choice: TokenizerChoice, documents: Callable[[], Iterator[str]], folder: Path) -> None:

@@ -6,6 +6,7 @@ samples become gaps that are counted. Nothing else moves, so the order of all ot
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ _OPENINGS = 3  # of a copy that another process removes from the cache in the mo
 OPEN_SHARDS = 256  # held open at once; the files of a window are all in use
 
 
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sparselt_dist"
+
+
 @dataclass(frozen=True)
 class Access:
     """How shards are reached.
@@ -32,7 +37,7 @@ class Access:
         skip_bad: leave bad shards out, and count, instead of stopping.
     """
 
-    cache_dir: Path = field(default_factory=lambda: Path("~/.cache/sparselt_dist").expanduser())
+    cache_dir: Path = field(default_factory=_user_cache)
     cache_bytes: int = 50 * 2**30
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     verify_checksums: bool = False

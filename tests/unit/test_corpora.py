@@ -282,3 +282,18 @@ def test_a_piece_begins_after_white_space() -> None:
     assert boundary(b"one two three", 5, 8) == 8
     assert boundary(b"one two three", 4, 8) == 4
     assert boundary(b"onetwothree", 5, 3) == 5
+
+
+def test_raw_text_mixes_with_shards_of_the_same_tokenizer(tmp_path: Path) -> None:
+    prepared = write_folder(tmp_path / "prepared", numbered_rows(20))
+    raw = raw_folder(tmp_path / "raw", texts(20), with_tokenizer=False)
+    settings = Config(
+        data=DataSection(cache_dir=str(tmp_path / "cache"), sequence_length=16),
+        prepare=PrepareSection(tokenizer=str(prepared / "tokenizer")),
+    )
+    parts = [CorpusSection(shards=str(prepared), weight=3.0), CorpusSection(shards=f"{raw}/*.tar", weight=1.0)]
+    corpora = open_corpora(parts, settings)
+    assert corpora.manifest.kind == "documents" and corpora.manifest.sequence_length is None
+    made = batches(corpora, 5, micro=4, row_length=16)
+    assert sum(len(each.batch["input_ids"]) for each in made) >= 20
+    assert corpora.mean_length == pytest.approx(16, abs=6)
