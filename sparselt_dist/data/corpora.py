@@ -186,7 +186,21 @@ def open_corpora(where: Location, config: Config) -> Corpora:
     """
     sections = [CorpusSection(shards=where)] if isinstance(where, str) else where
     access, rules = access_of(config), text_rules(config)
-    return Corpora([Corpus(part.shards, _folders(part.shards, access, rules), part.weight) for part in sections])
+    corpora = Corpora([Corpus(part.shards, _folders(part.shards, access, rules), part.weight) for part in sections])
+    _check_cache(corpora, config)
+    return corpora
+
+
+def _check_cache(corpora: Corpora, config: Config) -> None:
+    """Refuse a cache that each window of shards would be fetched into again and again."""
+    window = config.data.shuffle_window or 1
+    remote = [folder for folder in corpora.folders if is_remote(folder.location)]
+    needed = sum(sorted(entry.bytes for folder in remote for entry in folder.shards)[-window:])
+    if needed > config.data.cache_gib * 2**30:
+        raise DataError(
+            f"data.cache_gib: {config.data.cache_gib:g} GiB cannot hold the {window} shards of data.shuffle_window, which "
+            f"take up to {needed / 2**30:.3g} GiB; raise it, or lower data.shuffle_window"
+        )
 
 
 def open_folder(location: str | Path) -> Corpora:

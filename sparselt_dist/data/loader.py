@@ -150,6 +150,7 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
 
 def _start_worker(worker: int) -> None:
     """Leave stopping to the training process: a signal to the whole group must not cut off its last batches."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # raw text is tokenized here: one thread a worker, as for all else
     for number in _IGNORED_IN_WORKERS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

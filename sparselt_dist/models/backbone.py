@@ -10,7 +10,8 @@ Shapes: B rows, L positions, D hidden, V vocabulary, N chosen positions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -49,6 +50,7 @@ class Backbone(nn.Module):
         self.is_causal = is_causal(model.config)
         self.has_head = has_head
         self._accepted = frozenset(inspect.signature(self.body.forward).parameters)
+        self._documents: tuple[Tensor, Tensor] | None = None
 
     @property
     def body(self) -> PreTrainedModel:
@@ -74,6 +76,8 @@ class Backbone(nn.Module):
         Raises:
             ConfigError: packed rows, and an architecture whose positions cannot be kept apart.
         """
+        if segment_ids is None and self._documents is not None and self._documents[0].shape == input_ids.shape:
+            segment_ids, position_ids = self._documents
         if self.unpad and segment_ids is None and attention_mask is not None and position_ids is None:
             layout = find_layout(attention_mask)
             if layout is not None:
@@ -90,6 +94,16 @@ class Backbone(nn.Module):
             options["position_ids"] = position_ids + self._first_position()
         hidden_BLD: Tensor = self.body(input_ids=input_ids, attention_mask=mask, **options)[0]
         return hidden_BLD
+
+    @contextmanager
+    def documents_of(self, batch: Batch) -> Iterator[None]:
+        """Inside, rows of the batch's shape are packed as the batch says: no objective can forget to pass that on."""
+        if "segment_ids" in batch:
+            self._documents = (batch["segment_ids"], batch["position_ids"])
+        try:
+            yield
+        finally:
+            self._documents = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The model's own head on any hidden states: [N, D] to [N, V]; N may be 0."""
@@ -190,7 +204,8 @@ class PretrainingModel(nn.Module):
         self.objective = objective
 
     def forward(self, batch: Batch) -> LossOutput:
-        output: LossOutput = self.objective(self.backbone, batch)
+        with self.backbone.documents_of(batch):
+            output: LossOutput = self.objective(self.backbone, batch)
         return output
 
     def set_progress(self, step: int, progress: float) -> None:

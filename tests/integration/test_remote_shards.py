@@ -100,7 +100,10 @@ def test_a_shard_that_stays_bad_stops_or_is_skipped(server: FaultyServer, folder
 
 def test_the_cache_stays_within_its_bound(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
     size = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
-    remote = opened(f"{server.root}/train", tmp_path / "cache", cache_gib=3.5 * size / 2**30)
+    bound = 3.5 * size / 2**30
+    with pytest.raises(DataError, match=r"data\.cache_gib: .* cannot hold the 4 shards of data\.shuffle_window"):
+        opened(f"{server.root}/train", tmp_path / "cache", cache_gib=bound, shuffle_window=4)
+    remote = opened(f"{server.root}/train", tmp_path / "cache", cache_gib=bound, shuffle_window=2)
     expected = digests(opened(str(folder / "train"), tmp_path / "other"), 45)
     assert digests(remote, 45) == expected  # three epochs through a cache that holds half of the shards
     kept = sum(path.stat().st_size for path in (tmp_path / "cache" / "shards").glob("*.tar"))

@@ -6,9 +6,9 @@ import torch
 
 from sparselt_dist.config import ModelSection
 from sparselt_dist.errors import ConfigError
-from sparselt_dist.models.backbone import build_backbone
+from sparselt_dist.models.backbone import PretrainingModel, build_backbone
 from sparselt_dist.models.unpadding import find_layout
-from sparselt_dist.objectives.base import TokenizerInfo
+from sparselt_dist.objectives.base import LossOutput, TokenizerInfo
 
 TOKENIZER = TokenizerInfo(vocab_size=96, pad_id=0, mask_id=6, cls_id=4, sep_id=5, bos_id=1, eos_id=2)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -95,3 +95,22 @@ def test_lengths_of_many_batches():
         if layout is not None:
             assert layout.segment_ids_RW.numel() < mask.numel()
             assert int(layout.pack(ids).sum()) == int(ids.sum())
+
+
+class Forgetful(torch.nn.Module):
+    """An objective that passes on nothing but ids and mask."""
+
+    def forward(self, backbone, batch):
+        hidden = backbone(batch["input_ids"], attention_mask=batch["attention_mask"])
+        return LossOutput(hidden.square().mean(), {"hidden": (hidden.detach(), torch.ones(()))})
+
+
+def test_documents_of_packed_rows_are_kept_apart_whatever_the_objective_passes_on():
+    model = PretrainingModel(backbone("crammed-bert", False), Forgetful())
+    ids, mask = padded([14], 14)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    segments = {"segment_ids": torch.tensor([[1] * 6 + [2] * 8]), "position_ids": torch.tensor([[*range(6), *range(8)]])}
+    packed = model({**batch, **segments}).metrics["hidden"][0]
+    alone = model({"input_ids": ids[:, 6:], "attention_mask": mask[:, 6:]}).metrics["hidden"][0]
+    torch.testing.assert_close(packed[:, 6:], alone, rtol=0, atol=1e-5)
+    assert (model(batch).metrics["hidden"][0] - packed).abs().max() > 1e-3  # and the next batch is not packed
