@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
+from s3_server import S3Server, missing_program, s3_server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,3 +39,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started once."""
+    if missing_program():
+        pytest.skip(missing_program())
+    with s3_server(tmp_path_factory.mktemp("s3")) as running:
+        yield running

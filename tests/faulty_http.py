@@ -56,11 +56,12 @@ class FaultyServer:
     """The server, its files and its plans.
 
     Args:
-        folder: files there are served too.
+        folder: its files are served.
+        files: more files, content by path with "/" at its beginning; may be changed at any time.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.files: dict[str, bytes] = {}
+    def __init__(self, folder: Path | None = None, files: dict[str, bytes] | None = None) -> None:
+        self.files = dict(files or {})
         self.seen: list[Seen] = []
         self._folder = folder
         self._plans: dict[str, tuple[list[Reply], Reply]] = {}

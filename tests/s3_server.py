@@ -56,7 +56,7 @@ class S3Server:
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
             region_name="us-east-1",
-            config=Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=10),
+            config=Config(retries={"mode": "standard", "total_max_attempts": 3}, connect_timeout=5, read_timeout=10),
         )
 
 
@@ -132,8 +132,8 @@ def _make_buckets(server: S3Server, deadline: float) -> None:
             for bucket, access in ((server.private, "private"), (server.public, "public-read")):
                 with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
                     client.create_bucket(Bucket=bucket, ACL=access)
-            client.put_object(Bucket=server.private, Key="ready", Body=b"")
-            client.delete_object(Bucket=server.private, Key="ready")
+                client.put_object(Bucket=bucket, Key="ready", Body=b"ready")  # space is made at the first object
+                client.delete_object(Bucket=bucket, Key="ready")
         except (BotoCoreError, ClientError):
             if time.monotonic() > deadline:
                 raise

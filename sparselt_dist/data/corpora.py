@@ -69,6 +69,11 @@ class Corpora:
         self._shard_ends = np.cumsum([samples for shards in sizes for samples in shards])
         self._shard_starts = np.concatenate([[0], self._shard_ends])
         self._first_shards = np.cumsum([0, *(len(shards) for shards in sizes)])
+        self._shard_names = [
+            (entry.name if len(self.folders) == 1 else join(folder.location, entry.name)).removesuffix(".tar")
+            for folder in self.folders
+            for entry in folder.shards
+        ]
         self.manifest = _joined_manifest(self.corpora)
         self.tokenizer = self.folders[0].tokenizer
         self.num_samples = int(self._shard_ends[-1])
@@ -127,15 +132,10 @@ class Corpora:
         return [stored.ids for stored in self.read(samples) if stored is not None]
 
     def keys(self, samples: np.ndarray) -> list[str]:
-        """`<shard file without .tar>/<number in the shard>` of each sample; of several folders, after the corpus."""
+        """`<shard file without .tar>/<number in the shard>` of each sample; of several folders, after the folder."""
         shards, insides = self._locate(samples)
-        folders = (np.searchsorted(self._first_shards, shards, side="right") - 1).tolist()
-        keys = []
-        for shard, inside, folder in zip(shards.tolist(), insides.tolist(), folders, strict=True):
-            entry = self.folders[folder].shards[shard - self._first_shards[folder]]
-            key = f"{entry.name.removesuffix('.tar')}/{inside}"
-            keys.append(key if len(self.folders) == 1 else f"{self.folders[folder].location}/{key}")
-        return keys
+        names = self._shard_names
+        return [f"{names[shard]}/{inside}" for shard, inside in zip(shards.tolist(), insides.tolist(), strict=True)]
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to fetch remote shards, by their numbers through all folders."""

@@ -124,7 +124,7 @@ def _expand_braces(location: str) -> list[str]:
 
     try:
         return list(braceexpand.braceexpand(location))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise DataError(
             f"{shown(location)}: its braces do not match; write {{000..127}} for numbers and {{a,b}} for choices"
         ) from error

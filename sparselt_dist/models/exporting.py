@@ -22,10 +22,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparselt_dist.config import Config
 from sparselt_dist.data.manifest import Manifest, read_copy
 from sparselt_dist.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, tokenizer_info
-from sparselt_dist.errors import CheckpointError, DataError
+from sparselt_dist.errors import CheckpointError
 from sparselt_dist.journal import Journal
 from sparselt_dist.models.backbone import Backbone
 from sparselt_dist.models.construction import POSITIONS_AFTER_PADDING

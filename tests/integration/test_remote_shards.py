@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from corpus_files import numbered_rows, save_tokenizer, texts, write_folder, write_text_tar
 from faulty_http import FaultyServer, Reply
-from s3_server import S3Server, missing_program, s3_server
+from s3_server import S3Server
 
 from sparselt_dist.config import Config, DataSection
 from sparselt_dist.data.corpora import Corpora, open_corpora
@@ -131,23 +131,15 @@ def test_a_remote_folder_is_verified(server: FaultyServer, tmp_path: Path) -> No
     )
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    if missing_program():
-        pytest.skip(missing_program())
-    with s3_server(tmp_path_factory.mktemp("s3")) as running:
-        yield running
-
-
 def test_folders_and_patterns_at_an_s3_server(
-    s3: S3Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_process: S3Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = s3.client()
+    client = s3_process.client()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        client.upload_file(str(path), s3.private, str(path.relative_to(folder)))
-    for name, value in s3.environment().items():
+        client.upload_file(str(path), s3_process.private, str(path.relative_to(folder)))
+    for name, value in s3_process.environment().items():
         monkeypatch.setenv(name, value)
-    bucket = f"s3://{s3.private}"
+    bucket = f"s3://{s3_process.private}"
     for where in ("train", "raw", "train/shard-*.tar", "{train,train}/shard-00000[0-9].tar"):
         remote = digests(open_s3(f"{bucket}/{where}", folder, tmp_path), workers=1)
         assert remote == digests(open_s3(str(folder / where), folder, tmp_path)), where
