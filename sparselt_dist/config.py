@@ -43,7 +43,8 @@ class DataSection(Section):
         16, ge=0, description="shards open at once; samples are permuted inside this window; 0: read in stored order"
     )
     on_bad_shard: Literal["stop", "skip"] = Field(
-        "stop", description="a shard that stays unreadable or fails its checksum; skip: leave its samples out and count them"
+        "stop",
+        description="a shard that stays unreadable or fails its checksum; skip: leave its samples out and count them",
     )
     verify_checksums: bool = Field(True, description="hash each local shard when it is opened; remote ones always are")
     cache_dir: str | None = Field(
@@ -51,7 +52,9 @@ class DataSection(Section):
     )
     cache_gib: float = Field(50.0, gt=0, description="bound of the copies of remote shards, GiB a machine")
     download_attempts: int = Field(5, ge=1, description="tries to read a remote file, with growing pauses between")
-    download_timeout_seconds: float = Field(30.0, gt=0, description="longest wait for a connection, or for the next byte")
+    download_timeout_seconds: float = Field(
+        30.0, gt=0, description="longest wait for a connection, or for the next byte"
+    )
 
 
 class PrepareSection(Section):
@@ -108,11 +111,17 @@ class ObjectiveSection(BaseModel):
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = Field("adamw", description="optimizer")
+    name: Literal["adamw", "adamw-hf"] = Field(
+        "adamw",
+        description="adamw-hf: as transformers 4 had it, epsilon before bias correction, decay after the update",
+    )
     peak_lr: float = Field(1e-3, gt=0, description="learning rate at a schedule multiplier of 1")
     betas: tuple[float, float] = Field((0.9, 0.98), description="Adam's moment decays", strict=False)
     eps: float = Field(1e-12, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; never on biases and norms")
+    encoder_lr_ratio: float = Field(
+        1.0, gt=0, description="learning rate of the encoder relative to heads and the objective's own parameters"
+    )
     clip_norm: float | None = Field(0.5, gt=0, description="global gradient norm; null: no clipping")
 
 
@@ -136,7 +145,9 @@ class TrainSection(Section):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
     compile: bool = Field(False, description="compile the backbone with torch.compile")
-    unpad: bool = Field(False, description="compute rows of unequal length without their padding; the result is the same")
+    unpad: bool = Field(
+        False, description="compute rows of unequal length without their padding; the result is the same"
+    )
     zero_stage: Literal[0, 1, 2, 3] | None = Field(None, description="ZeRO stage; null: the DeepSpeed file's, else 0")
     deepspeed_config: str | None = Field(None, description="a file of ds_configs/ (by name) or a path")
     evaluate_every_steps: int | None = Field(None, ge=1, description="held-out loss during training; null: at the end")

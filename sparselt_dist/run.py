@@ -44,7 +44,7 @@ def build_engine(config: Config, plan: RunPlan, data: Data, start: Start, ranks:
         model.backbone.body.compile()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, config.optim),
+        optimizer=build_optimizer(model, config.optim, encoder_lr_ratio=config.optim.encoder_lr_ratio),
         config=settings,
         dist_init_required=False,
     )

@@ -24,10 +24,11 @@ from sparselt_dist.data.batch import Batch
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
 from sparselt_dist.errors import DataError, SparseltError
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
+from sparselt_dist.objectives.base import SharesStatistics, loss_terms
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora
-    from sparselt_dist.objectives.base import Collator, LossOutput
+    from sparselt_dist.objectives.base import Collator, LossOutput, SplitLossOutput
 
 Outcome = Literal["finished", "stopped", "failed"]
 
@@ -64,9 +65,11 @@ class Sums:
         total, count = total.detach().double(), count.detach().double().to(total.device)
         self.values[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
-    def add_output(self, output: LossOutput, num_targets: torch.Tensor) -> None:
-        """The loss weighted by its targets, and every term of the objective."""
-        self.add("loss", output.loss * num_targets, num_targets)
+    def add_output(self, output: LossOutput | SplitLossOutput, batch: Batch) -> None:
+        """Each part of the loss weighted by its own count in the batch, and every term of the objective."""
+        for key, part in loss_terms(output).items():
+            count = batch[key].to(part.device)
+            self.add(f"loss/{key}", part * count, count)
         for name, (total, count) in output.metrics.items():
             self.add(f"term/{name}", total, count)
 
@@ -77,14 +80,20 @@ class Sums:
             return {}
         flat = torch.stack([part.to(device) for name in names for part in self.values[name]])
         pairs = distributed.reduce_sum(flat).view(-1, 2).tolist()
-        return {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+        means = {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
+        parts = [means.pop(name) for name in sorted(means) if name.startswith("loss/")]
+        return {**means, **({"loss": sum(parts)} if parts else {})}
+
+    def loss_is_finite(self) -> bool:
+        """Whether every part of the loss is, on this rank."""
+        parts = [total for name, (total, _) in self.values.items() if name.startswith("loss/")]
+        return bool(torch.isfinite(torch.stack(parts)).all())
 
 
 class Drawn(NamedTuple):
     """What the ranks drew together for a global step."""
 
-    targets: float  # at least 1, to divide by
-    tokens: int
+    counts: dict[str, int]  # by batch key: num_targets, num_tokens and the objective's own
     positions: int  # of the rows, padding included
     skipped: int  # samples
     digest: int
@@ -138,6 +147,7 @@ class Trainer:
         self.on_complaint = on_complaint  # of this rank
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
+        self.counts = ("num_targets", "num_tokens", *getattr(engine.module.objective, "counts", ()))
         self.budget = Budget.from_section(config.budget)
         self.device = engine.device
         self.is_first_step = True
@@ -216,16 +226,17 @@ class Trainer:
         batch_size = self._batch_size(fraction)
         drawn = self._draw(micro_batches, batch_size // (self.micro_batch_size * self.ranks.world_size))
         total = self._agree_on_targets(drawn, batch_size)
+        self._share_statistics(drawn)
         sums = Sums()
         for number, micro_batch in enumerate(drawn):
             last = number == len(drawn) - 1
-            self._forward_backward(micro_batch.batch, total.targets, sums, last)
+            self._forward_backward(micro_batch.batch, total.counts, sums, last)
         stop, seconds, usual = self._agree_before_update(sums, started)
         with self.ledger.phase("optimizer"):
             norm = self._own_gradient_norm()
             self.engine.step()
         self.progress.step += 1
-        self.progress.tokens += total.tokens
+        self.progress.tokens += total.counts["num_tokens"]
         self.progress.skipped += total.skipped
         self.progress.position += batch_size
         self.progress.seconds, self.progress.step_seconds = seconds, usual
@@ -251,7 +262,7 @@ class Trainer:
             min_lr_ratio=schedule.min_lr_ratio,
         )
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         return lr
 
     def _batch_size(self, fraction: float) -> int:
@@ -283,15 +294,15 @@ class Trainer:
         self._complain(drawn)
         numbers = [
             float(self.data_fault is not None),
-            float(sum(int(micro_batch.batch["num_targets"]) for micro_batch in drawn)),
-            float(sum(int(micro_batch.batch["num_tokens"]) for micro_batch in drawn)),
+            *(float(sum(int(micro_batch.batch[key]) for micro_batch in drawn)) for key in self.counts),
             float(sum(micro_batch.batch["input_ids"].numel() for micro_batch in drawn)),
             float(sum(micro_batch.skipped for micro_batch in drawn)),
             *(float(digest >> (16 * lane) & 0xFFFF) for lane in range(_LANES)),
         ]
         with self.ledger.phase("communication"):
             summed = distributed.reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
-        faults, targets, tokens, positions, skipped, *lanes = summed
+        faults, counts, rest = summed[0], summed[1 : 1 + len(self.counts)], summed[1 + len(self.counts) :]
+        positions, skipped, *lanes = rest
         if faults:
             distributed.agreed(self.ranks, self._raise_data_fault)
         if skipped == batch_size:
@@ -300,7 +311,22 @@ class Trainer:
                 "leaves out; restore the shards"
             )
         joined = sum(int(lane) << (16 * number) for number, lane in enumerate(lanes)) % 2**64
-        return Drawn(max(targets, 1.0), int(tokens), int(positions), int(skipped), joined)
+        named = {key: int(count) for key, count in zip(self.counts, counts, strict=True)}
+        return Drawn(named, int(positions), int(skipped), joined)
+
+    def _share_statistics(self, drawn: list[MicroBatch]) -> None:
+        """Sums that the objective needs of the whole step before its first loss; one forward pass a micro-batch."""
+        objective = self.engine.module.objective
+        if not (isinstance(objective, SharesStatistics) and objective.needs_statistics):
+            return
+        if len(drawn) * self.ranks.world_size == 1:
+            objective.set_statistics(None)
+            return
+        with self.ledger.phase("forward"), torch.no_grad():
+            parts = [self.engine(_to_device(micro_batch.batch, self.device), statistics=True) for micro_batch in drawn]
+            total = torch.stack(parts).sum(dim=0)
+        with self.ledger.phase("communication"):
+            objective.set_statistics(distributed.reduce_sum(total))
 
     def _complain(self, drawn: list[MicroBatch]) -> None:
         """Say once on this rank which shards were given up."""
@@ -313,18 +339,20 @@ class Trainer:
         if self.data_fault is not None:
             raise self.data_fault
 
-    def _forward_backward(self, batch: Batch, global_targets: float, sums: Sums, last: bool) -> None:
-        num_targets = batch["num_targets"]
+    def _forward_backward(self, batch: Batch, counts: dict[str, int], sums: Sums, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         # Compilation is lazy: it happens in the first passes of a start.
         compiling = self.config.train.compile and self.is_first_step
         with self.ledger.phase("compile" if compiling else "forward"):
-            output: LossOutput = self.engine(_to_device(batch, self.device))
-            sums.add_output(output, num_targets.to(self.device))
+            output: LossOutput | SplitLossOutput = self.engine(_to_device(batch, self.device))
+            sums.add_output(output, batch)
         with self.ledger.phase("compile" if compiling else "backward"):
             # DeepSpeed averages over ranks, so their number is multiplied back in.
-            weight = float(num_targets) * self.ranks.world_size / global_targets
-            self.engine.backward(output.loss * weight, scale_wrt_gas=False)
+            weighed = [
+                part * (float(batch[key]) * self.ranks.world_size / max(counts[key], 1))
+                for key, part in loss_terms(output).items()
+            ]
+            self.engine.backward(torch.stack(weighed).sum(), scale_wrt_gas=False)
 
     def _agree_before_update(self, sums: Sums, started: float) -> tuple[bool, float, float]:
         """All losses finite, any rank asked to stop, rank 0's clock and usual step time: the one minimum over ranks.
@@ -333,7 +361,7 @@ class Trainer:
             NonFiniteLossError: on all ranks alike, before the optimizer moves.
         """
         with self.ledger.phase("communication"):
-            finite = bool(torch.isfinite(sums.values["loss"][0]))
+            finite = sums.loss_is_finite()
             clock = (self.clock() - started, self.usual_step_seconds) if self.ranks.is_main else (np.inf, np.inf)
             numbers = torch.tensor([float(finite), -float(self.stop_flag.is_set), *clock], dtype=torch.float64)
             all_finite, stop, seconds, usual = distributed.reduce_min(numbers.to(self.device)).tolist()
@@ -373,7 +401,7 @@ class Trainer:
                 world_size=self.ranks.world_size,
                 row_length=self.config.data.sequence_length,
             ):
-                sums.add_output(self.engine(_to_device(batch, self.device)), batch["num_targets"].to(self.device))
+                sums.add_output(self.engine(_to_device(batch, self.device)), batch)
             means = sums.means(self.device)
         self.engine.train()
         return {f"eval/{name.removeprefix('term/')}": value for name, value in means.items() if name != "term/loss"}
@@ -387,7 +415,8 @@ class Trainer:
             line["train/grad_norm"] = result.grad_norm
         line.update({f"{name}/{term.removeprefix('term/')}": value for term, value in means.items()})
         drawn = result.drawn
-        tokens_per_second = drawn.tokens / self.step_seconds
+        targets, tokens = drawn.counts["num_targets"], drawn.counts["num_tokens"]
+        tokens_per_second = tokens / self.step_seconds
         line.update(
             {
                 "progress/tokens": self.progress.tokens,
@@ -395,8 +424,8 @@ class Trainer:
                 "budget/elapsed_seconds": self.progress.seconds,
                 "perf/tokens_per_second": tokens_per_second,
                 "perf/step_seconds": self.step_seconds,
-                "perf/mfu": tokens_per_second * self.utilisation(drawn.targets / max(drawn.tokens, 1)),
-                "perf/fill_fraction": drawn.tokens / drawn.positions,
+                "perf/mfu": tokens_per_second * self.utilisation(targets / max(tokens, 1)),
+                "perf/fill_fraction": tokens / drawn.positions,
                 "perf/data_wait_fraction": data_seconds / self.step_seconds,
                 "perf/checkpoint_stall_seconds": self.checkpoint_seconds,
                 "perf/memory_gib": peak_memory_gib(),

@@ -87,7 +87,8 @@ def _add_documents(batch: Batch, examples: list[Example]) -> None:
 def without_targets(batch: Batch) -> Batch:
     """The batch with nothing to learn from and nothing counted; its rows only keep the ranks together."""
     zero = torch.zeros((), dtype=torch.int64)
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX), "num_targets": zero, "num_tokens": zero}
+    counts = {key: zero for key, value in batch.items() if value.ndim == 0}  # those of the objective too
+    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE_INDEX), **counts}
 
 
 def _blame(corpora: Corpora, collator: Collator, examples: list[Example], cause: Exception) -> str:

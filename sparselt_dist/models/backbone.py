@@ -30,7 +30,7 @@ from sparselt_dist.data.batch import Batch
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.models.construction import POSITIONS_AFTER_PADDING, is_causal, make_model
 from sparselt_dist.models.unpadding import find_layout
-from sparselt_dist.objectives.base import LossOutput, TokenizerInfo
+from sparselt_dist.objectives.base import LossOutput, SplitLossOutput, TokenizerInfo
 
 
 class Backbone(nn.Module):
@@ -203,9 +203,13 @@ class PretrainingModel(nn.Module):
         self.backbone = backbone
         self.objective = objective
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def forward(self, batch: Batch, *, statistics: bool = False) -> LossOutput | SplitLossOutput | Tensor:
+        """The objective's loss of a batch, or the `statistics` that its step is told beforehand."""
+        objective: Any = self.objective
         with self.backbone.documents_of(batch):
-            output: LossOutput = self.objective(self.backbone, batch)
+            output: LossOutput | SplitLossOutput | Tensor = (
+                objective.statistics(self.backbone, batch) if statistics else objective(self.backbone, batch)
+            )
         return output
 
     def set_progress(self, step: int, progress: float) -> None:

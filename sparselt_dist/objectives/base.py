@@ -31,6 +31,8 @@ ENTRY_POINT_GROUP = "sparselt_dist.objectives"
 # name -> (module that registers it on import, one line for --list-objectives)
 BUILT_IN: dict[str, tuple[str, str]] = {
     "mlm": ("sparselt_dist.objectives.mlm", "masked language modelling (BERT, RoBERTa, cramming)"),
+    "cwt": ("sparselt_dist.objectives.cwt", "contrastive weight tying: headless models, masked or causal"),
+    "slt": ("sparselt_dist.objectives.slt", "sparse latent typing: MLM, latent token types and reconstruction"),
 }
 
 
@@ -60,6 +62,26 @@ class LossOutput(NamedTuple):
     """Detached (sum, count) of each term, named without the objective's prefix; summed over micro-batches and ranks."""
 
 
+class SplitLossOutput(NamedTuple):
+    """What a module returns in place of `LossOutput` where parts of the loss are means over different things."""
+
+    loss: Tensor
+    """fp32 scalar: the sum of the terms; finite and attached to the graph even with no target."""
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    """As in `LossOutput`."""
+    terms: dict[str, Tensor]
+    """Batch key of a count ([] int64) -> fp32 scalar: the part of the loss that is a mean over that count.
+
+    Over a step each part is weighed by its own micro-batch's share of its own count. Counts other than `num_targets`
+    and `num_tokens` are named by the module's attribute `counts`, a tuple of batch keys.
+    """
+
+
+def loss_terms(output: LossOutput | SplitLossOutput) -> Mapping[str, Tensor]:
+    """What to weigh by what: batch key of a count -> the part of the loss that is a mean over it."""
+    return output.terms if isinstance(output, SplitLossOutput) else {"num_targets": output.loss}
+
+
 class Collator(Protocol):
     """Examples to a batch. Pure, CPU, picklable, no global random state: it runs in loader workers."""
 
@@ -73,6 +95,23 @@ class ObjectiveModule(Protocol):
 
     def set_progress(self, step: int, progress: float) -> None:
         """Called before each step with the optimizer step (from 0) and the spent share of the budget [0, 1]."""
+
+
+@runtime_checkable
+class SharesStatistics(Protocol):
+    """What an objective module adds whose loss is not linear in means over the micro-batch.
+
+    A step of more than one micro-batch, over ranks or in sequence, first sums `statistics` over all of them and hands
+    the sum to `set_statistics`; only then do losses and gradients follow. So the update does not depend on the split.
+    """
+
+    needs_statistics: bool
+
+    def statistics(self, backbone: nn.Module, batch: Batch) -> Tensor:
+        """Sums [S] float64 over the micro-batch; called without gradients."""
+
+    def set_statistics(self, total: Tensor | None) -> None:
+        """The sum [S] over the step that begins; None: it has one micro-batch, which is its own whole."""
 
 
 @runtime_checkable

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from sparselt_dist.data.batch import IGNORE_INDEX, Batch, Example
 from sparselt_dist.errors import PluginError
-from sparselt_dist.objectives.base import API_VERSION, Collator, LossOutput, Objective, TokenizerInfo
+from sparselt_dist.objectives.base import (
+    API_VERSION,
+    Collator,
+    LossOutput,
+    Objective,
+    SharesStatistics,
+    TokenizerInfo,
+    loss_terms,
+)
 
 _VOCAB_SIZE = 97
 _REQUIRED = ("input_ids", "attention_mask", "labels", "num_targets", "num_tokens")
@@ -230,12 +238,17 @@ class _Check:
         return cast(LossOutput, self.module(self.backbone, batch))
 
     def loss_keeps_the_contract(self, batch: Batch) -> None:
-        loss, metrics = self.forward(batch)
+        output = self.forward(batch)
+        loss, metrics, terms = output.loss, output.metrics, loss_terms(output)
         found = f"the loss is {loss.dtype} {list(loss.shape)}"
         self.expect(loss.dtype == torch.float32 and loss.ndim == 0, found, "a torch.float32 scalar")
         self.expect(bool(torch.isfinite(loss.detach())), f"the loss is {loss.item()}", "a finite number")
         self.expect(loss.requires_grad, "the loss is detached from the graph", "one that backward runs on")
         self.expect("loss" in metrics, f"metrics are {sorted(metrics)}", "'loss' among them")
+        lost = [key for key in terms if key not in batch or batch[key].ndim]
+        self.expect(not lost, f"the batch has no count {', '.join(lost)}", "a scalar for each of the loss's terms")
+        split = float(torch.stack(list(terms.values())).sum().detach())
+        self.expect(abs(split - float(loss.detach())) <= 1e-4 * max(abs(split), 1), f"terms add to {split}", f"the loss, {loss}")
         for term, pair in metrics.items():
             summed = len(pair) == 2 and all(isinstance(x, Tensor) and x.ndim == 0 for x in pair)
             self.expect(summed, f"metric {term!r} is {pair!r}", "(sum, count), two scalar tensors")
@@ -264,12 +277,21 @@ class _Check:
     def micro_batches_compose(self) -> None:
         whole = self.gradients(self.forward(self.collator(self.examples)).loss)
         halves = [self.collator(self.examples[:3]), self.collator(self.examples[3:])]
-        total = sum(int(half["num_targets"]) for half in halves)
-        summed = [torch.zeros_like(gradient) for gradient in whole]
-        for half in halves:
-            share = int(half["num_targets"]) / total
-            for place, gradient in zip(summed, self.gradients(self.forward(half).loss), strict=True):
-                place += share * gradient
+        shared = self.module if isinstance(self.module, SharesStatistics) and self.module.needs_statistics else None
+        if shared is not None:
+            with torch.no_grad():
+                parts = [shared.statistics(self.backbone, half) for half in halves]
+            shared.set_statistics(torch.stack(parts).sum(dim=0))
+        terms = [loss_terms(self.forward(half)) for half in halves]
+        totals = {key: sum(int(half[key]) for half in halves) for key in terms[0]}
+        weighed = [
+            term * (int(half[key]) / totals[key])
+            for half, of_half in zip(halves, terms, strict=True)
+            for key, term in of_half.items()
+        ]
+        summed = self.gradients(torch.stack(weighed).sum())
+        if shared is not None:
+            shared.set_statistics(None)
         far = max(float((a - b).abs().max()) for a, b in zip(whole, summed, strict=True))
         size = max(float(gradient.abs().max()) for gradient in whole)
         self.expect(

@@ -127,9 +127,10 @@ def _word_starts(
 
 
 def _word_draws(words_BL: np.ndarray, starts_BL: np.ndarray) -> np.ndarray:
-    """Each position's draw replaced by that of its word's first piece."""
-    first_BL = np.maximum.accumulate(np.where(starts_BL, np.arange(starts_BL.shape[1]), 0), axis=1)
-    draws_BL: np.ndarray = np.take_along_axis(words_BL, first_BL, axis=1)
+    """Each position's draw replaced by that of its word's first piece; every row begins with a word."""
+    starts = starts_BL.reshape(-1)
+    first = np.maximum.accumulate(np.where(starts, np.arange(starts.size), 0))  # once is faster than for each row
+    draws_BL: np.ndarray = words_BL.reshape(-1).take(first).reshape(words_BL.shape)
     return draws_BL
 
 
@@ -176,17 +177,18 @@ def _whole_words(
     In that order the pieces of a word stand together; a word is in if its middle lies before the wanted count.
     """
     length = order_BL.shape[1]
-    place_L = np.arange(length)
-    sorted_BL = np.take_along_axis(np.where(eligible_BL, draws_BL, _LAST), order_BL, axis=1)
+    flat_BL = order_BL + np.arange(len(order_BL))[:, None] * length
+    sorted_BL = np.where(eligible_BL, draws_BL, _LAST).reshape(-1).take(flat_BL)
     begins_BL = np.ones(order_BL.shape, dtype=bool)
     begins_BL[:, 1:] = sorted_BL[:, 1:] != sorted_BL[:, :-1]
-    begin_BL = np.maximum.accumulate(np.where(begins_BL, place_L, 0), axis=1)
-    ends_BL = np.ones(order_BL.shape, dtype=bool)
-    ends_BL[:, :-1] = begins_BL[:, 1:]
-    end_BL = np.minimum.accumulate(np.where(ends_BL, place_L + 1, length)[:, ::-1], axis=1)[:, ::-1]
-    lucky_BL = (sorted_BL & np.uint64(1)).astype(np.int64)  # one more and one less are equally near: toss a coin
-    inside_BL = begin_BL + end_BL < 2 * wanted_B[:, None] + lucky_BL
-    chosen_BL = np.zeros(order_BL.shape, dtype=bool)
-    np.put_along_axis(chosen_BL, order_BL, inside_BL, axis=1)
+    first_W = np.flatnonzero(begins_BL)  # W words: their first places among all B * L, in the order of their draws
+    pieces_W = np.diff(first_W, append=order_BL.size)
+    words_B = begins_BL.sum(axis=1)
+    begin_W = first_W - np.repeat(np.arange(len(words_B)) * length, words_B)
+    # One piece more and one less are equally near: toss a coin.
+    lucky_W = (sorted_BL.reshape(-1)[first_W] & np.uint64(1)).astype(np.int64)
+    inside_W = 2 * begin_W + pieces_W < np.repeat(2 * wanted_B, words_B) + lucky_W
+    chosen_BL = np.empty(order_BL.shape, dtype=bool)
+    chosen_BL.reshape(-1)[flat_BL] = inside_W.take(np.cumsum(begins_BL) - 1).reshape(order_BL.shape)
     chosen_BL &= eligible_BL
     return chosen_BL

@@ -21,6 +21,11 @@ class MLMConfig(BaseModel):
     random_share: float = Field(0.1, ge=0, le=1, description="share of targets replaced by a random id")
     whole_word: bool = Field(False, description="choose whole words instead of single pieces")
     exempt_special: bool = Field(True, description="never choose special tokens (cramming: false)")
+    cross_entropy: Literal["full", "chunked"] = Field(
+        "full",
+        description="full: the head's scores of all targets at once; chunked: a piece at a time, the same numbers in "
+        "less memory",
+    )
 
     @model_validator(mode="after")
     def _shares_fit(self) -> MLMConfig:
@@ -29,4 +34,162 @@ class MLMConfig(BaseModel):
         return self
 
 
-BUILT_IN_SETTINGS: dict[str, type[BaseModel]] = {"mlm": MLMConfig}
+class CWTConfig(MLMConfig):
+    """Keys beside `objective.name: cwt`: those of masked language modelling, and these."""
+
+    masking: Literal["bernoulli", "exact"] = Field(
+        "exact",
+        description="exact: round(p*L) targets a row, so that every micro-batch has as many negatives; "
+        "bernoulli: each position on its own",
+    )
+    prediction: Literal["masked", "causal"] = Field(
+        "masked", description="masked: the masked positions of an encoder; causal: every next token of a decoder"
+    )
+    corruption: Literal["bert", "headless"] = Field(
+        "bert",
+        description="bert: as objective mlm; headless: the published code's, random ids on random_share of all positions "
+        "and ceil(p*L) targets a row",
+    )
+    labels_after_random_step: bool = Field(
+        False,
+        description="cross-entropy predicts what the random step of corruption=headless left, as the published baseline "
+        "did; contrast never does",
+    )
+    temperature: float = Field(1.0, gt=0, description="scores are divided by it (published: 1)")
+    form: Literal["full", "deduplicated"] = Field(
+        "deduplicated",
+        description="a column of scores for every target (full), or for every distinct id, weighted by its count; "
+        "the same loss and gradients",
+    )
+    negatives: Literal["local", "global"] = Field(
+        "local",
+        description="targets to tell apart: those of the micro-batch on one rank (published), or of all ranks",
+    )
+    contrastive_weight: float = Field(1.0, ge=0, description="weight of the contrastive loss")
+    cross_entropy_weight: float = Field(
+        0.0, ge=0, description="weight of the vocabulary head's cross-entropy; at 0 the model has no head"
+    )
+    recover_from: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the budget after which a recovered head is trained by cross-entropy; null: never",
+    )
+    recovered_table: Literal["tied", "copy"] = Field(
+        "tied", description="matrix of the recovered head: the input table itself, or a copy (published)"
+    )
+    recovered_bias: Literal["log_unigram", "none"] = Field(
+        "log_unigram", description="bias of the recovered head: from the log unigram on, or none (published)"
+    )
+
+    @model_validator(mode="after")
+    def _terms_fit(self) -> CWTConfig:
+        if self.contrastive_weight == 0 and self.cross_entropy_weight == 0:
+            raise ValueError("contrastive_weight or cross_entropy_weight above 0 (found 0 for both)")
+        if self.recover_from is not None and self.cross_entropy_weight > 0:
+            raise ValueError(
+                "recover_from without cross_entropy_weight, whose head needs no recovery "
+                f"(found {self.recover_from} and {self.cross_entropy_weight})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corruption_fits(self) -> CWTConfig:
+        if self.corruption == "headless" and (self.prediction == "causal" or self.whole_word):
+            raise ValueError("corruption=headless with prediction=masked and whole_word=false alone")
+        if self.labels_after_random_step and (self.corruption != "headless" or self.cross_entropy_weight == 0):
+            raise ValueError("labels_after_random_step with corruption=headless and cross_entropy_weight above 0 alone")
+        return self
+
+
+class SLTConfig(MLMConfig):
+    """Keys beside `objective.name: slt`: those of masked language modelling, and these."""
+
+    num_types: int = Field(64, ge=2, description="latent types, the null type included")
+    reconstruction_weight: float = Field(0.05, ge=0, description="alpha: weight of the reconstruction loss")
+    sparsity_weight: float = Field(0.05, ge=0, description="beta: weight of the sparsity loss")
+    diversity_weight: float = Field(0.1, ge=0, description="gamma: weight of the diversity loss")
+    draw: Literal["soft", "straight-through"] = Field(
+        "soft", description="what training sees of the Gumbel draw: the mixture (official code), or its largest type"
+    )
+    sparsity_form: Literal["log-mean", "mean-log"] = Field(
+        "log-mean", description="-log of the mean null probability (official code), or the mean of its -log"
+    )
+    diversity_form: Literal["perplexity-gap", "kl"] = Field(
+        "perplexity-gap",
+        description="distance of the mean distribution from the uniform one: (K-PPL)/K (official code) or KL in nats",
+    )
+    regularizer_scope: Literal["global-batch", "micro-batch"] = Field(
+        "global-batch",
+        description="tokens over which the distribution of types is averaged: those of the whole optimizer step, "
+        "however it is split, or those of each micro-batch",
+    )
+    temperature_start: float = Field(5.0, gt=0, description="temperature of the draw at the start of its decay")
+    temperature_floor: float = Field(0.5, gt=0, description="lowest temperature")
+    temperature_schedule: Literal["steps", "budget"] = Field(
+        "steps",
+        description="steps: factor temperature_decay an optimizer step; "
+        "budget: the floor is reached after temperature_decay_share of the budget",
+    )
+    temperature_decay: float = Field(0.99997, gt=0, le=1, description="factor a step, for temperature_schedule=steps")
+    temperature_decay_share: float = Field(
+        0.76753, gt=0, le=1, description="share of the budget, for temperature_schedule=budget"
+    )
+    first_step_at_floor: bool = Field(
+        True, description="the first step runs at temperature_floor, as in the official code"
+    )
+    decoder_dropout: float | None = Field(
+        None, ge=0, lt=1, description="dropout of the decoder; null: hidden and attention dropout of the encoder"
+    )
+    decoder_layer_drop: float = Field(
+        0.1, ge=0, lt=1, description="probability that a training step skips the decoder layer"
+    )
+    decoder_embedding_passes: Literal[1, 2] = Field(
+        2, description="times the decoder's input goes through the encoder's embedding module (official code: 2)"
+    )
+
+    @model_validator(mode="after")
+    def _temperature_falls(self) -> SLTConfig:
+        if self.temperature_floor > self.temperature_start:
+            raise ValueError(
+                f"temperature_floor of at most temperature_start (found {self.temperature_floor} above "
+                f"{self.temperature_start})"
+            )
+        return self
+
+
+class DACConfig(MLMConfig):
+    """Keys beside `objective.name: dac`: those of masked language modelling, and these."""
+
+    families: tuple[Literal["A1", "A2", "A3", "A4"], ...] = Field(
+        ("A1", "A2", "A3", "A4"),
+        min_length=1,
+        strict=False,
+        description="agreements with a submodel of their own: A1 subject and verb, A2 verb and complement, "
+        "A3 noun and modifier, A4 prepositional phrase",
+    )
+    table_width: int = Field(64, ge=1, description="width of each family's agreement embedding")
+    tables: Literal["trained", "random", "permuted", "shuffled-pairs"] = Field(
+        "trained",
+        description="trained; or a control: random rows of the trained norms, trained rows permuted among words of like "
+        "frequency, trained on pairs with shuffled dependents",
+    )
+    sides: Literal["chunks", "words"] = Field(
+        "chunks", description="what a side of a pair is: its chunk, or its root word"
+    )
+    trainable_tables: bool = Field(False, description="train the tables along with the encoder (an ablation)")
+    stage1_pairs_per_step: int = Field(8192, ge=2, description="pairs of a step of stage 1")
+    stage1_max_passes: int = Field(3, ge=1, description="passes over the pairs of a family")
+    stage1_max_minutes: float = Field(10.0, gt=0, description="wall clock of one family's submodel, within the budget")
+    stage1_table_lr: float = Field(5e-3, gt=0, description="peak learning rate of the tables in stage 1")
+    stage1_peak_lr: float = Field(1e-3, gt=0, description="peak learning rate of the rest of a submodel")
+    stage1_label_weight: float = Field(0.1, ge=0, description="weight of the relation label's cross-entropy")
+
+    @model_validator(mode="after")
+    def _families_differ(self) -> DACConfig:
+        if len(set(self.families)) < len(self.families):
+            raise ValueError(f"families that differ (found {', '.join(self.families)})")
+        return self
+
+
+BUILT_IN_SETTINGS: dict[str, type[BaseModel]] = {"mlm": MLMConfig, "slt": SLTConfig, "cwt": CWTConfig}

@@ -149,7 +149,9 @@ def main() -> int:
             seconds = time.perf_counter() - started
             print(f"ranks {ranks}  workers {workers}  micro-batch {micro}  {found[:16]}  {seconds:5.1f} s", flush=True)
         doubles = {ranks: count_epoch(corpora, ranks) for ranks in args.ranks}
-        print(f"{sum(hashes.values())} settings, {len(hashes)} different hash(es); per ranks (doubles, misses): {doubles}")
+        print(
+            f"{sum(hashes.values())} settings, {len(hashes)} different hash(es); per ranks (doubles, misses): {doubles}"
+        )
     return 0 if len(hashes) == 1 and set(doubles.values()) == {(0, 0)} else 1
 
 

@@ -26,7 +26,7 @@ def ds_file(tmp_path: Path, values: object) -> str:
 
 
 def test_the_shipped_names() -> None:
-    assert set(list_profiles()) == {"quickstart", "crammed", "crammed-cpu", "base", "large"}
+    assert set(list_profiles()) == {"quickstart", "crammed", "crammed-cpu", "base", "large", "slt-continue"}
     assert list_ds_configs() == ["single_gpu", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
@@ -49,6 +49,7 @@ def test_the_crammed_profile_is_the_published_recipe() -> None:
         "betas": (0.9, 0.98),
         "eps": 1e-12,
         "weight_decay": 0.01,
+        "encoder_lr_ratio": 1.0,
         "clip_norm": 0.5,
     }
     assert (config.schedule.name, config.budget.max_hours) == ("budget-triangle2", 24)
