@@ -44,10 +44,15 @@ def pad_examples(examples: list[Example], pad_id: int) -> tuple[np.ndarray, np.n
 
     Returns ids [B, L] int64, attention mask [B, L] int64 and example seeds [B] uint64.
     """
-    lengths = np.array([len(example["ids"]) for example in examples])
-    ids_BL = np.full((len(examples), int(lengths.max())), pad_id, dtype=np.int64)
-    for row, example in enumerate(examples):
-        ids_BL[row, : lengths[row]] = example["ids"]
-    mask_BL = (np.arange(ids_BL.shape[1])[None, :] < lengths[:, None]).astype(np.int64)
+    rows = [example["ids"] for example in examples]
+    lengths = [len(ids) for ids in rows]
+    longest = max(lengths)
     seeds_B = np.array([example["seed"] for example in examples], dtype=np.uint64)
+    if min(lengths) == longest:  # rows of one length, the usual case: nothing to pad
+        ids_BL = np.concatenate(rows).reshape(len(rows), longest).astype(np.int64)
+        return ids_BL, np.ones_like(ids_BL), seeds_B
+    ids_BL = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    for row, ids in enumerate(rows):
+        ids_BL[row, : len(ids)] = ids
+    mask_BL = (np.arange(longest)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
     return ids_BL, mask_BL, seeds_B

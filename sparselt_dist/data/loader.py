@@ -68,12 +68,22 @@ def digest_hex(total: int) -> str:
     return f"{total % 2**64:016x}"
 
 
-def _digest(positions: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> int:
+class _Plan(NamedTuple):
+    """Consecutive micro-steps of a rank, each array [micro-steps, micro_batch_size]."""
+
+    block: int
+    positions: np.ndarray
+    epochs: np.ndarray
+    samples: np.ndarray
+    seeds: np.ndarray
+    hashes: np.ndarray  # of (position, epoch, sample): what the digest sums
+
+
+def _hashes(positions: np.ndarray, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         hashes = mix64(positions.astype(np.uint64) * _GOLDEN + np.uint64(purpose_key("batch digest")))
         hashes = mix64(hashes + epochs.astype(np.uint64))
-        hashes = mix64(hashes + samples.astype(np.uint64))
-        return int(hashes.sum(dtype=np.uint64))
+        return mix64(hashes + samples.astype(np.uint64))
 
 
 class _MicroSteps(Dataset["_Made | _Failure"]):
@@ -102,21 +112,27 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         self._start_position = start_position
         self._first = start_position + rank * micro_batch_size
         self._per_plan = max(1, _PLANNED_POSITIONS // micro_batch_size)
-        self._plan: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._plan: _Plan | None = None
         self.at_work: torch.Tensor | None = None  # int64 [workers, 2]: process id and micro-step, in shared memory
 
     def planned(self, micro_step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Positions, epochs and samples of a micro-step, each [micro_batch_size]; the order is computed in blocks."""
+        plan, place = self._plan_of(micro_step)
+        return plan.positions[place], plan.epochs[place], plan.samples[place]
+
+    def _plan_of(self, micro_step: int) -> tuple[_Plan, int]:
+        """The block that a micro-step lies in, made if need be, and its place there."""
         block, place = divmod(micro_step, self._per_plan)
-        if self._plan is None or self._plan[0] != block:
+        if self._plan is None or self._plan.block != block:
             steps = np.arange(block * self._per_plan, (block + 1) * self._per_plan)
             positions = self._first + steps[:, None] * self._stride + np.arange(self._micro)[None, :]
             if self.corpora.is_remote:
                 self.corpora.prefetch(self._order.shards_ahead(int(positions[0, 0])))
             epochs, samples = self._order.samples(positions.ravel())
-            self._plan = (block, positions, epochs.reshape(positions.shape), samples.reshape(positions.shape))
-        _, positions, epochs, samples = self._plan
-        return positions[place], epochs[place], samples[place]
+            epochs, samples = epochs.reshape(positions.shape), samples.reshape(positions.shape)
+            seeds = sample_seed(self._seed, epochs, samples)
+            self._plan = _Plan(block, positions, epochs, samples, seeds, _hashes(positions, epochs, samples))
+        return self._plan, place
 
     def keys(self, position: int, count: int) -> list[str]:
         """Keys of this rank's first `count` samples from the global step that begins at `position` of the stream."""
@@ -127,10 +143,10 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
 
     def make(self, micro_step: int) -> MicroBatch:
         """The micro-batch of that number. Raises DataError."""
-        positions, epochs, samples = self.planned(micro_step)
-        seeds = sample_seed(self._seed, epochs, samples)
+        plan, place = self._plan_of(micro_step)
+        samples, seeds = plan.samples[place], plan.seeds[place]
         batch, delivered = collate(self.corpora, self._collator, samples, seeds, self._row_length)
-        digest = _digest(positions[delivered], epochs[delivered], samples[delivered])
+        digest = int(plan.hashes[place][delivered].sum(dtype=np.uint64))
         return MicroBatch(batch, digest, int((~delivered).sum()), tuple(self.corpora.take_complaints()))
 
     def __getitem__(self, micro_step: int) -> _Made | _Failure:

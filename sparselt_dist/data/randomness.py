@@ -6,6 +6,7 @@ worker processes that do without it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -18,15 +19,20 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def mix64(values: np.ndarray) -> np.ndarray:
     """The splitmix64 finaliser (Steele, Lea, Flood 2014): uint64 array in, uint64 array out."""
-    z = values.astype(np.uint64, copy=True)
-    z ^= z >> np.uint64(30)
+    return _mix_in_place(values.astype(np.uint64, copy=True))
+
+
+def _mix_in_place(z: np.ndarray) -> np.ndarray:
+    shifted = z >> np.uint64(30)
+    z ^= shifted
     z *= _MIX_1
-    z ^= z >> np.uint64(27)
+    z ^= np.right_shift(z, np.uint64(27), out=shifted)
     z *= _MIX_2
-    z ^= z >> np.uint64(31)
+    z ^= np.right_shift(z, np.uint64(31), out=shifted)
     return z
 
 
+@functools.cache
 def purpose_key(purpose: str) -> int:
     """A 64-bit number for a named use of randomness, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
@@ -37,7 +43,7 @@ def random_bits(seeds_B: np.ndarray, length: int, purpose: str) -> np.ndarray:
     streams_B1 = mix64(seeds_B.astype(np.uint64) ^ np.uint64(purpose_key(purpose)))[:, None]
     counters_L = np.arange(1, length + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        return mix64(streams_B1 + counters_L[None, :] * np.uint64(_GOLDEN))
+        return _mix_in_place(streams_B1 + counters_L[None, :] * np.uint64(_GOLDEN))
 
 
 def random_uniform(seeds_B: np.ndarray, length: int, purpose: str) -> np.ndarray:

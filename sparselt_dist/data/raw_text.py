@@ -61,6 +61,7 @@ class _OpenText:
 
     def __init__(self, path: Path, index: TextIndex, text_key: str, piece_bytes: int) -> None:
         self._path, self._index, self._text_key, self._piece_bytes = path, index, text_key, piece_bytes
+        self.held_bytes = 0
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY)
         self._pieces = index.pieces(piece_bytes)

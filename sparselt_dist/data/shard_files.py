@@ -20,6 +20,7 @@ from sparselt_dist.errors import DataError
 
 _OPENINGS = 3  # of a copy that another process removes from the cache in the moment between bringing and opening it
 OPEN_SHARDS = 256  # held open at once; the files of a window are all in use
+HELD_BYTES = 256 * 2**20  # of open shards in memory, a process
 
 
 def _user_cache() -> Path:
@@ -51,6 +52,8 @@ class Access:
 class Closable(Protocol):
     """What an opened shard is held by."""
 
+    held_bytes: int  # of memory
+
     def close(self) -> None: ...
 
 
@@ -78,11 +81,12 @@ class ShardFiles(Generic[Opened]):
         self._open_shard = open_shard
         self._cache = access.cache() if is_remote(location) else None
         self._opened: OrderedDict[int, Opened] = OrderedDict()
+        self._held_bytes = 0
         self._bad: dict[int, str] = {}
         self._complaints: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": OrderedDict()}
+        return {**self.__dict__, "_opened": OrderedDict(), "_held_bytes": 0}
 
     def url(self, shard: int) -> str:
         """Path or URL of a shard."""
@@ -109,8 +113,11 @@ class ShardFiles(Generic[Opened]):
             self._complaints.append(f"skipping a shard of {self.entries[shard].samples} samples: {fault}")
             return None
         self._opened[shard] = opened
-        if len(self._opened) > OPEN_SHARDS:
-            self._opened.popitem(last=False)[1].close()
+        self._held_bytes += opened.held_bytes
+        while len(self._opened) > OPEN_SHARDS or (self._held_bytes > HELD_BYTES and len(self._opened) > 1):
+            closed = self._opened.popitem(last=False)[1]
+            self._held_bytes -= closed.held_bytes
+            closed.close()
         return opened
 
     def prefetch(self, shards: Iterable[int]) -> None:

@@ -29,6 +29,7 @@ from sparselt_dist.data.shard_index import Member, read_index
 from sparselt_dist.data.storage import NotFoundError, is_remote, join, read_bytes
 from sparselt_dist.errors import DataError
 
+HELD_SHARD_BYTES = 16 * 2**20  # a shard up to this size is kept in memory while it is open
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -42,12 +43,18 @@ class Stored(NamedTuple):
 
 
 class _OpenShard:
-    """Where the samples of one shard lie in its file, which is held open."""
+    """Where the samples of one shard lie in its file, which is held open, or in memory if it is small.
+
+    It is read, never mapped: a file that is cut short under a map kills the process.
+    """
 
     def __init__(self, path: Path, members: Sequence[Member], manifest: Manifest) -> None:
         self.path = path
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY)
+        size = os.fstat(self._descriptor).st_size
+        self._content = self._read(0, size) if size <= HELD_SHARD_BYTES else None
+        self.held_bytes = size if self._content is not None else 0
         itemsize = np.dtype(manifest.dtype).itemsize
         row_length = manifest.sequence_length or 0
         starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -66,7 +73,8 @@ class _OpenShard:
             starts.append(member.offset + (np.cumsum(strides) - strides) * itemsize)
             lengths.append(counts)
         self.starts, self.lengths = np.concatenate(starts), np.concatenate(lengths)
-        self._sizes = self.lengths * itemsize
+        self._first_bytes: list[int] = self.starts.tolist()  # faster to look up than arrays
+        self._sizes: list[int] = (self.lengths * itemsize).tolist()
         self._documents = np.concatenate(documents) if documents else None
         self._documents_before = np.cumsum(np.concatenate([[0], *in_row]))
 
@@ -74,7 +82,11 @@ class _OpenShard:
         return np.frombuffer(self._bytes(offset, 4 * count), dtype=np.uint32)
 
     def _bytes(self, offset: int, size: int) -> bytes:
-        """Bytes of the file: read, not mapped, for a file cut short under a map kills the process."""
+        if self._content is not None:
+            return self._content[offset : offset + size]
+        return self._read(offset, size)
+
+    def _read(self, offset: int, size: int) -> bytes:
         try:
             data = os.pread(self._descriptor, size, offset)
         except OSError as cause:
@@ -85,7 +97,7 @@ class _OpenShard:
 
     def ids(self, inside: int) -> bytes:
         """The stored bytes of one sample's ids, padding left out."""
-        return self._bytes(int(self.starts[inside]), int(self._sizes[inside]))
+        return self._bytes(self._first_bytes[inside], self._sizes[inside])
 
     def documents(self, inside: int) -> np.ndarray | None:
         """Lengths of the documents in one packed row."""

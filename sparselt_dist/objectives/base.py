@@ -33,6 +33,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "mlm": ("sparselt_dist.objectives.mlm", "masked language modelling (BERT, RoBERTa, cramming)"),
     "cwt": ("sparselt_dist.objectives.cwt", "contrastive weight tying: headless models, masked or causal"),
     "slt": ("sparselt_dist.objectives.slt", "sparse latent typing: MLM, latent token types and reconstruction"),
+    "mix": ("sparselt_dist.objectives.mix", "weighted mixtures and schedules of other objectives"),
 }
 
 

@@ -1,22 +1,20 @@
 """Masked language modelling: predict the corrupted positions (Devlin et al. 2019, 3.1; Geiping & Goldstein 2022).
 
 B rows, L positions, N targets, D hidden size, V vocabulary. The loss is the fp32 cross-entropy of the model's own
-vocabulary head, computed on the hidden states of the targets only. The collator lists their places, so that gathering
-them needs no wait for the accelerator, and with exact counts every shape is static.
+vocabulary head, computed on the hidden states of the targets only, at once or chunked. The collator lists their places,
+so that gathering them needs no wait for the accelerator, and with exact counts every shape is static.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselt_dist.data.batch import IGNORE_INDEX, Batch, Example, pad_examples
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.objectives.base import API_VERSION, Collator, LossOutput, TokenizerInfo, register
+from sparselt_dist.objectives.linear_cross_entropy import head_cross_entropy
 from sparselt_dist.objectives.masking import MaskingRule, Vocabulary, mask_tokens
 from sparselt_dist.objectives.settings import MLMConfig
 
@@ -45,10 +43,12 @@ class MLMCollator:
         ids_BL, attention_BL, seeds_B = pad_examples(examples, self._pad_id)
         masked = mask_tokens(ids_BL, attention_BL, seeds_B, self._vocabulary, self._rule)
         positions_N = np.flatnonzero(masked.targets_BL)
+        labels_BL = np.full_like(ids_BL, IGNORE_INDEX)
+        labels_BL.reshape(-1)[positions_N] = ids_BL.reshape(-1)[positions_N]
         return {
             "input_ids": torch.from_numpy(masked.input_ids_BL),
             "attention_mask": torch.from_numpy(attention_BL),
-            "labels": torch.from_numpy(np.where(masked.targets_BL, ids_BL, IGNORE_INDEX)),
+            "labels": torch.from_numpy(labels_BL),
             "num_targets": torch.tensor(len(positions_N)),
             "num_tokens": torch.tensor(int(attention_BL.sum())),
             POSITIONS_KEY: torch.from_numpy(positions_N),
@@ -58,6 +58,11 @@ class MLMCollator:
 class MLMModule(nn.Module):
     """The loss; the vocabulary head belongs to the backbone."""
 
+    def __init__(self, *, chunked: bool = False) -> None:
+        """`chunked`: the scores of the head are never all in memory at once."""
+        super().__init__()
+        self._chunked = chunked
+
     def forward(self, backbone: nn.Module, batch: Batch) -> LossOutput:
         packed = {key: batch[key] for key in _PACKED_KEYS if key in batch}
         hidden_BLD = backbone(batch["input_ids"], attention_mask=batch["attention_mask"], **packed)
@@ -65,14 +70,11 @@ class MLMModule(nn.Module):
         labels_N = batch["labels"].flatten().index_select(0, positions_N)
         hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
         # With N = 0 this is a zero attached to every parameter, which ZeRO and DDP rely on.
-        logits_NV = cast("HeadedBackbone", backbone).logits(hidden_ND).float()
-        total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
-        counted_N = labels_N != IGNORE_INDEX
-        count = counted_N.sum()
-        correct = ((logits_NV.detach().argmax(dim=-1) == labels_N) & counted_N).sum()
+        found = head_cross_entropy(backbone, hidden_ND, labels_N, chunked=self._chunked)
+        count = (labels_N != IGNORE_INDEX).sum()
         return LossOutput(
-            loss=total / count.clamp(min=1),
-            metrics={"loss": (total.detach(), count), "accuracy": (correct, count)},
+            loss=found.total / count.clamp(min=1),
+            metrics={"loss": (found.total.detach(), count), "accuracy": (found.correct, count)},
         )
 
     def set_progress(self, step: int, progress: float) -> None:
@@ -106,15 +108,7 @@ class MLM:
                 "objective.name: found 'mlm' with a causal model, whose predictions cannot use what follows a mask; "
                 "expected an encoder: set model.architecture to crammed-bert, bert, roberta or modernbert"
             )
-        return MLMModule()
-
-
-if TYPE_CHECKING:
-
-    class HeadedBackbone(nn.Module):
-        """A backbone with its vocabulary head."""
-
-        def logits(self, hidden_ND: Tensor) -> Tensor: ...
+        return MLMModule(chunked=cfg.cross_entropy == "chunked")
 
 
 register(MLM())
