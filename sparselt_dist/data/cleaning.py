@@ -1,18 +1,12 @@
-"""Normalise, filter and number documents: pure functions of a batch, run in worker processes.
-
-A cleaned document is stored as a record: source number (uint32), bytes of text (uint32), two 64-bit hashes of the
-normalised text (one for exact duplicates, one for the held-out split), then the text in UTF-8.
-"""
+"""Normalise, filter and hash documents: pure functions of a batch, run in worker processes."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import struct
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +14,6 @@ from sparselt_dist.data.embedded import tidy
 
 Normalization = Literal["none", "nfc", "crammed"]
 
-_HEADER = struct.Struct("<IIQQ")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
 _NOT_ON_KEYBOARD = re.compile(r"[^\t\n\r\x20-\x7e]+")
 _SPACE_RUNS = re.compile(r" {2,}")
@@ -47,15 +40,6 @@ def _double_quotes(text: str) -> str:
     return text.replace("``", '"').replace("''", '"')
 
 
-class StoredDocument(NamedTuple):
-    """A record read back."""
-
-    source: int
-    exact_hash: int
-    split_hash: int
-    text: str
-
-
 @dataclass(frozen=True)
 class CleaningRules:
     """The part of the prepare configuration that acts on single documents."""
@@ -67,20 +51,21 @@ class CleaningRules:
 
 @dataclass(frozen=True)
 class CleanBatch:
-    """What is left of a batch of documents; arrays are aligned with `records`."""
+    """What is left of a batch of documents; arrays are aligned with `texts`."""
 
-    records: list[bytes]
-    exact_hashes: np.ndarray  # uint64
-    split_hashes: np.ndarray  # uint64
+    texts: list[bytes]  # UTF-8
+    exact_hashes: np.ndarray  # uint64, of the normalised text
+    split_hashes: np.ndarray  # uint64, of the same, for the held-out split
     characters: np.ndarray  # int64
+    sources: np.ndarray  # int64, source numbers as given
     too_short: int
     too_long: int
 
 
 def clean_batch(rules: CleaningRules, documents: list[tuple[int, str]]) -> CleanBatch:
-    """Normalise (source number, text) pairs, drop those of the wrong length, and encode the rest."""
-    records: list[bytes] = []
-    exact_hashes, split_hashes, characters = [], [], []
+    """Normalise (source number, text) pairs, drop those of the wrong length, and hash the rest."""
+    texts: list[bytes] = []
+    characters, sources, digests = [], [], []
     too_short = too_long = 0
     for source, raw in documents:
         text = normalize(raw, rules.normalization)
@@ -91,60 +76,17 @@ def clean_batch(rules: CleaningRules, documents: list[tuple[int, str]]) -> Clean
             too_long += 1
             continue
         data = text.encode()
-        exact_hash, split_hash = struct.unpack("<QQ", hashlib.blake2b(data, digest_size=16).digest())
-        records.append(_HEADER.pack(source, len(data), exact_hash, split_hash) + data)
-        exact_hashes.append(exact_hash)
-        split_hashes.append(split_hash)
+        texts.append(data)
+        digests.append(hashlib.blake2b(data, digest_size=16).digest())
         characters.append(len(text))
+        sources.append(source)
+    hashes = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
     return CleanBatch(
-        records,
-        np.array(exact_hashes, dtype=np.uint64),
-        np.array(split_hashes, dtype=np.uint64),
+        texts,
+        hashes[:, 0],
+        hashes[:, 1],
         np.array(characters, dtype=np.int64),
+        np.array(sources, dtype=np.int64),
         too_short,
         too_long,
     )
-
-
-def parse_records(data: bytes) -> Iterator[StoredDocument]:
-    """The documents of a stored chunk."""
-    view, position = memoryview(data), 0
-    while position < len(view):
-        source, size, exact_hash, split_hash = _HEADER.unpack_from(view, position)
-        position += _HEADER.size
-        yield StoredDocument(source, exact_hash, split_hash, str(view[position : position + size], "utf-8"))
-        position += size
-
-
-def scan_exact_hashes(file: BinaryIO, end: int) -> Iterator[int]:
-    """The exact hashes of all records up to a byte position, without reading the texts."""
-    position = 0
-    while position < end:
-        file.seek(position)
-        _, size, exact_hash, _ = _HEADER.unpack(file.read(_HEADER.size))
-        yield exact_hash
-        position += _HEADER.size + size
-
-
-class HashSet:
-    """64-bit hashes seen so far, 8 bytes each: sorted arrays whose sizes grow geometrically."""
-
-    def __init__(self) -> None:
-        self._levels: list[np.ndarray] = []
-
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add hashes [n] and say which of them are new: bool [n]; of equal ones in the call the first is new."""
-        unique, first = np.unique(hashes, return_index=True)
-        new = np.zeros(len(hashes), dtype=bool)
-        new[first] = True
-        seen = np.zeros(len(unique), dtype=bool)
-        for level in self._levels:
-            places = np.minimum(np.searchsorted(level, unique), len(level) - 1)
-            seen |= level[places] == unique
-        new[first[seen]] = False
-        added = unique[~seen]
-        while self._levels and len(self._levels[-1]) <= 2 * len(added):
-            added = np.union1d(self._levels.pop(), added)
-        if len(added):
-            self._levels.append(added)
-        return new

@@ -1,158 +1,161 @@
-"""The first stage of a preparation: read, normalise, filter by length, drop exact duplicates, number sources.
+"""The first stage of a preparation: read, normalise, filter by length, store in blocks.
 
-What is kept goes to `documents.bin`; `collect.log` has a line a batch, with the reader's position after it.
+A job is a segment of the source. It makes one block, or several where a segment cannot be cut beforehand (a large
+compressed file); each that is done is noted beside it, so a kill costs no more than one.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter, deque
+import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from sparselt_dist.data.cleaning import CleanBatch, CleaningRules, HashSet, clean_batch, scan_exact_hashes
+from sparselt_dist.data.blocks import Block, BlockWriter
+from sparselt_dist.data.cleaning import CleaningRules, clean_batch
 from sparselt_dist.data.context import Context
-from sparselt_dist.data.deduplication import Chunk
-from sparselt_dist.data.sources import Item, Reader
-from sparselt_dist.data.workspace import DataFile, WorkLog
+from sparselt_dist.data.manifest import write_atomically
+from sparselt_dist.data.reading import Reader
+from sparselt_dist.data.sources import Item, cut_segments, segment_bytes
 from sparselt_dist.errors import DataError
 
-BATCH_CHARACTERS = 2_000_000  # text a job; also the unit that a kill can cost
+BATCH_CHARACTERS = 500_000  # raw text in memory at once
 DOCUMENT_OVERHEAD = 64  # counted for each document, so that a batch of empty ones ends too
+BLOCK_SLACK = 1.5  # a segment may exceed its size by so much before it makes another block
 MAX_SOURCES = 256  # rows of a JSONL file may each name another source; the rest is counted together
 OTHER_SOURCES = ("other sources", "various")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Collected:
     """The cleaned documents on disk."""
 
-    item: int = 0  # position of the reader
-    document: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
-    sources: list[tuple[str, str]] = field(default_factory=list)  # (name, licence) by source number
-    counts: Counter[str] = field(default_factory=Counter)
-    lowest_split_hash: int = 2**64
-    complete: bool = False
+    folder: Path
+    blocks: tuple[Block, ...]
+    sources: tuple[tuple[str, str], ...]  # (name, licence) by source number
+    counts: Counter[str]
+    lowest_split_hash: int
 
     @property
-    def end(self) -> int:
-        return self.chunks[-1].start + self.chunks[-1].size if self.chunks else 0
-
-    def apply(self, record: dict[str, Any]) -> None:
-        """Take in one line of the log."""
-        if "complete" in record:
-            self.complete = True
-            return
-        self.item, self.document = record["position"]
-        self.chunks.append(Chunk(len(self.chunks), self.end, record["bytes"]))
-        self.sources += [(name, license) for name, license in record["sources"]]
-        self.counts.update(record["counts"])
-        self.lowest_split_hash = min(self.lowest_split_hash, record["lowest_split_hash"])
-
-
-class _RawBatch(NamedTuple):
-    documents: list[tuple[int, str]]  # (source number, text)
-    position: tuple[int, int]  # of the reader after it
-    sources: list[tuple[str, str]]  # first met in it
+    def documents(self) -> int:
+        return self.blocks[-1].first + self.blocks[-1].documents if self.blocks else 0
 
 
 def collect_documents(context: Context, items: list[Item]) -> Collected:
-    """Read, normalise, filter by length and drop exact duplicates.
+    """Read, normalise and filter by length.
 
     Raises:
         DataError: a source cannot be read, or nothing is left.
     """
     context.progress.start("reading")
-    collected = Collected()
-    with WorkLog(context.work / "collect.log") as log:
-        for record in log.records:
-            collected.apply(record)
-        if not collected.complete:
-            _collect_rest(context, items, log, collected)
-            log.append({"complete": True})
+    prepare = context.config.prepare
+    rules = CleaningRules(prepare.normalize, prepare.min_characters, prepare.max_characters)
+    size = segment_bytes(items)
+    jobs = list(enumerate(cut_segments(items, size)))
+    collect = functools.partial(collect_segment, rules, context.documents, int(BLOCK_SLACK * size))
+    records = context.crew.run("collect", collect, jobs, "segments")
+    collected = _joined(context.documents, [block for record in records for block in record["blocks"]])
     counts = collected.counts
-    if not counts["kept"]:
+    if not collected.documents:
         raise DataError(
             f"prepare.source: nothing is left of {counts['read']} documents: {counts['too_short']} had fewer "
-            f"characters than prepare.min_characters ({context.config.prepare.min_characters}), {counts['too_long']} more than "
+            f"characters than prepare.min_characters ({prepare.min_characters}), {counts['too_long']} more than "
             "prepare.max_characters; lower or raise these limits, or give more text"
         )
     return collected
 
 
-def _collect_rest(context: Context, items: list[Item], log: WorkLog, collected: Collected) -> None:
-    prepare = context.config.prepare
-    rules = CleaningRules(prepare.normalize, prepare.min_characters, prepare.max_characters)
-    seen = _seen_before(context.documents, collected.end) if prepare.deduplicate_exact else None
-    reader = Reader(items, collected.item, collected.document)
-    read_ahead: deque[_RawBatch] = deque()
-
-    def jobs() -> Iterator[list[tuple[int, str]]]:
-        for batch in _batches(reader, list(collected.sources)):
-            read_ahead.append(batch)
-            yield batch.documents
-
-    with DataFile(context.documents, collected.end) as data:
-        for cleaned in context.workers.map(functools.partial(clean_batch, rules), jobs()):
-            batch = read_ahead.popleft()
-            keep = seen.add(cleaned.exact_hashes) if seen is not None else np.ones(len(cleaned.records), dtype=bool)
-            stored = b"".join(record for record, kept in zip(cleaned.records, keep, strict=True) if kept)
-            data.append(stored)
-            record = _batch_record(batch, cleaned, keep, len(stored))
-            log.append(record)
-            collected.apply(record)
-            read = collected.counts["read"]
-            context.progress.update(reader.fraction, f"{read:,} documents, {data.size / 1e6:,.1f} MB kept")
+def _joined(folder: Path, stored: list[dict[str, Any]]) -> Collected:
+    numbers: dict[tuple[str, str], int] = {}
+    counts: Counter[str] = Counter()
+    blocks: list[Block] = []
+    first = 0
+    for record in stored:
+        counts.update(record["counts"])
+        of_block = []
+        for name, license in record["sources"]:
+            known = (name, license) in numbers or len(numbers) < MAX_SOURCES
+            of_block.append(numbers.setdefault((name, license) if known else OTHER_SOURCES, len(numbers)))
+        if record["documents"]:
+            blocks.append(Block(len(blocks), record["name"], first, record["documents"], tuple(of_block)))
+        first += record["documents"]
+    lowest = min((record["lowest_split_hash"] for record in stored), default=2**64)
+    return Collected(folder, tuple(blocks), tuple(numbers), counts, lowest)
 
 
-def _seen_before(documents: Path, end: int) -> HashSet:
-    seen = HashSet()
-    if end:
-        with documents.open("rb") as file:
-            seen.add(np.fromiter(scan_exact_hashes(file, end), dtype=np.uint64))
-    return seen
+def collect_segment(
+    rules: CleaningRules, folder: Path, block_bytes: int, job: tuple[int, tuple[Item, ...]]
+) -> dict[str, Any]:
+    """Read one segment into blocks; continues after the last block that is noted."""
+    number, items = job
+    blocks: list[dict[str, Any]] = []
+    while (note := folder / f"{number:06d}-{len(blocks):03d}.json").exists():
+        blocks.append(json.loads(note.read_bytes()))
+    reader = Reader(items, *(blocks[-1]["position"] if blocks else (0, 0)))
+    batches = _batches(reader)
+    more = True
+    while more:
+        name = f"{number:06d}-{len(blocks):03d}"
+        stored, more = _write_block(rules, folder, name, reader, batches, block_bytes)
+        blocks.append(stored)
+        if more:
+            write_atomically(folder / f"{name}.json", json.dumps(blocks[-1]).encode())
+    return {"blocks": blocks}
 
 
-def _batches(reader: Reader, sources: list[tuple[str, str]]) -> Iterator[_RawBatch]:
-    numbers = {source: number for number, source in enumerate(sources)}
-    known = len(numbers)
-    documents: list[tuple[int, str]] = []
+def _write_block(
+    rules: CleaningRules,
+    folder: Path,
+    name: str,
+    reader: Reader,
+    batches: Iterator[list[tuple[tuple[str, str], str]]],
+    block_bytes: int,
+) -> tuple[dict[str, Any], bool]:
+    """Write a block; returns what the log says of it, and whether there may be more to read."""
+    numbers: dict[tuple[str, str], int] = {}
+    counts: Counter[str] = Counter()
+    with BlockWriter(folder, name) as writer:
+        while writer.text_bytes < block_bytes and (batch := next(batches, None)) is not None:
+            documents = [(_source_number(numbers, source), text) for source, text in batch]
+            cleaned = clean_batch(rules, documents)
+            writer.add(cleaned)
+            counts["read"] += len(batch)
+            counts["read_characters"] += sum(len(text) for _, text in batch)
+            counts["too_short"] += cleaned.too_short
+            counts["too_long"] += cleaned.too_long
+    counts["kept_characters"] = writer.characters
+    stored = {
+        "name": name,
+        "position": [reader.item, reader.document],  # after it
+        "sources": list(numbers),
+        "counts": counts,
+        "documents": writer.documents,
+        "lowest_split_hash": writer.lowest_split_hash,
+    }
+    return stored, writer.text_bytes >= block_bytes
+
+
+def _source_number(numbers: dict[tuple[str, str], int], source: tuple[str, str]) -> int:
+    if source not in numbers and len(numbers) >= MAX_SOURCES:
+        source = OTHER_SOURCES
+    return numbers.setdefault(source, len(numbers))
+
+
+def _batches(reader: Reader) -> Iterator[list[tuple[tuple[str, str], str]]]:
+    """((source, licence), text) in batches; the reader then stands after the last of the batch."""
+    documents: list[tuple[tuple[str, str], str]] = []
     characters = 0
     for document in reader:
-        source = (document.source, document.license)
-        if source not in numbers and len(numbers) >= MAX_SOURCES:
-            source = OTHER_SOURCES
-        documents.append((numbers.setdefault(source, len(numbers)), document.text))
+        documents.append(((document.source, document.license), document.text))
         characters += len(document.text) + DOCUMENT_OVERHEAD
         if characters >= BATCH_CHARACTERS:
-            yield _RawBatch(documents, (reader.item, reader.document), list(numbers)[known:])
-            documents, characters, known = [], 0, len(numbers)
+            yield documents
+            documents, characters = [], 0
     if documents:
-        yield _RawBatch(documents, (reader.item, reader.document), list(numbers)[known:])
-
-
-def _batch_record(batch: _RawBatch, cleaned: CleanBatch, keep: np.ndarray, size: int) -> dict[str, Any]:
-    split_hashes = cleaned.split_hashes[keep]
-    return {
-        "position": batch.position,
-        "bytes": size,
-        "sources": batch.sources,
-        "lowest_split_hash": int(split_hashes.min()) if len(split_hashes) else 2**64,
-        "counts": {
-            "read": len(batch.documents),
-            "read_characters": sum(len(text) for _, text in batch.documents),
-            "too_short": cleaned.too_short,
-            "too_long": cleaned.too_long,
-            "exact_duplicates": int(len(keep) - keep.sum()),
-            "kept": int(keep.sum()),
-            "kept_characters": int(cleaned.characters[keep].sum()),
-        },
-    }
+        yield documents
 
 
 def held_out_below(collected: Collected, fraction: float) -> int:

@@ -115,6 +115,8 @@ class Corpora:
         Raises:
             DataError: a shard is bad and not to be skipped, or an id lies outside the vocabulary.
         """
+        if len(samples) == 0:
+            return []
         shards, insides = self._locate(samples)
         if len(self.folders) == 1:
             return self.folders[0].read(shards, insides)

@@ -1,38 +1,24 @@
-"""Near-duplicate removal: datatrove's MinHash, over the chunks of cleaned documents.
+"""Near-duplicate removal: datatrove's MinHash, over the blocks of cleaned documents.
 
 Three of datatrove's blocks are used as they are (signatures, buckets, clusters), with its defaults: word 5-grams, 14
 buckets of 8 hashes, so two documents that share 0.8 of their 5-grams meet with probability 0.92. Its readers and
 writers are not needed. Its English word splitter would ask for spaCy; after datatrove's own simplification (lower
 case, no punctuation) splitting at spaces gives the same words. Its default xxhash fails with xxhash 4, hence SHA-1.
 
-One document of each cluster stays. Signatures lie on disk; memory holds one chunk's, and the duplicates found.
+One document of each cluster stays. Signatures lie on disk; memory holds one block's, and the duplicates found.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparselt_dist.data.cleaning import parse_records
 from sparselt_dist.errors import DataError
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A range of the file of cleaned documents."""
-
-    number: int
-    start: int  # bytes
-    size: int  # bytes
-
-    def read(self, path: Path) -> bytes:
-        with path.open("rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
 
 
 def _datatrove() -> Any:
@@ -71,23 +57,21 @@ def _word_splitter() -> Any:
     return _Words()
 
 
-def write_signatures(documents: Path, folder: Path, chunk: Chunk) -> int:
-    """Write the MinHash signatures of one chunk; returns its number. A repeated call overwrites."""
+def write_signatures(folder: Path, number: int, texts: Iterable[str]) -> None:
+    """Write the MinHash signatures of one block. A repeated call overwrites."""
     minhash = _datatrove()
     from datatrove.data import Document
 
     block = minhash.MinhashDedupSignature(str(folder / "signatures"), _minhash_config(), language=_word_splitter())
-    records = enumerate(parse_records(chunk.read(documents)))
-    block.run((Document(text=record.text, id=str(number)) for number, record in records), rank=chunk.number)
-    return chunk.number
+    block.run((Document(text=text, id=str(place)) for place, text in enumerate(texts)), rank=number)
 
 
-def find_duplicates(folder: Path, bucket: int) -> int:
-    """Find the pairs of documents that agree in one bucket; returns its number."""
+def find_duplicates(folder: Path, bucket: int) -> dict[str, Any]:
+    """Find the pairs of documents that agree in one bucket."""
     minhash = _datatrove()
     block = minhash.MinhashDedupBuckets(str(folder / "signatures"), str(folder / "pairs"), config=_minhash_config())
     block.run(rank=bucket, world_size=num_buckets())
-    return bucket
+    return {}
 
 
 def num_buckets() -> int:
@@ -95,17 +79,19 @@ def num_buckets() -> int:
     return int(_minhash_config().num_buckets)
 
 
-def cluster_duplicates(folder: Path) -> None:
-    """Join pairs to clusters and write, for each chunk, which documents go."""
+def cluster_duplicates(folder: Path) -> dict[str, Any]:
+    """Join pairs to clusters and write, for each block, which documents go."""
     minhash = _datatrove()
+    shutil.rmtree(folder / "remove", ignore_errors=True)
     with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar would cross ours
         block = minhash.MinhashDedupCluster(str(folder / "pairs"), str(folder / "remove"), _minhash_config())
         block.run(world_size=1)
+    return {}
 
 
-def removed_documents(folder: Path, chunk: int) -> frozenset[int]:
-    """The numbers, within a chunk, of the documents to leave out."""
-    path = folder / "remove" / f"{chunk:06d}.remove"
+def removed_documents(folder: Path, block: int) -> frozenset[int]:
+    """The documents to leave out, by their place among those of the block whose signatures were written."""
+    path = folder / "remove" / f"{block:06d}.remove"
     if not path.exists():
         return frozenset()
     data = path.read_bytes()

@@ -2,13 +2,11 @@
 
 Work in progress lies in `<output_dir>/.work` and is removed at the end; a call that was killed is continued by the same
 call. What stands in the manifest depends on the text and the configuration alone: no time, path of output or number of
-workers, so the same preparation gives the same bytes anywhere.
+workers and parts, so the same preparation gives the same bytes anywhere.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import shutil
 import time
@@ -20,27 +18,28 @@ from sparselt_dist.config import Config
 from sparselt_dist.data import stages
 from sparselt_dist.data.collection import Collected, collect_documents, held_out_below
 from sparselt_dist.data.context import Context
-from sparselt_dist.data.packing import SPLITS, Split
-from sparselt_dist.data.shards import (
+from sparselt_dist.data.manifest import (
     MANIFEST,
     TOKENIZER,
     Manifest,
+    ShardEntry,
     SourceEntry,
     file_sha256,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
+from sparselt_dist.data.parts import Crew, OtherPartError, Part, heartbeat, note_failure, wait_for_goodbye
 from sparselt_dist.data.sources import Item, find_items, fingerprint
 from sparselt_dist.data.stage_progress import StageProgress
 from sparselt_dist.data.stages import Tokenized
-from sparselt_dist.data.tokenizer import TOKENIZER_FILE, TRAINED_KINDS, tokenizer_info
-from sparselt_dist.data.workspace import Workers, locked
+from sparselt_dist.data.tokenization import SPLITS, Split
+from sparselt_dist.data.tokenizer import TOKENIZER_FILE, TRAINED_KINDS
+from sparselt_dist.data.work_folder import WORK, differences, opened
+from sparselt_dist.data.workspace import Workers, available_cores
 from sparselt_dist.errors import DataError, SparseltError
 
-WORK = ".work"
-FAILED = "failed"  # in the work folder: the last start ended with an error that the user has to mend
 NOT_IN_IDENTITY = {"output_dir", "num_workers"}  # they do not change what is in the shards
+ONE_PART = Part()
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,13 @@ class PrepareReport:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows)
 
 
-def prepare(config: Config, progress: bool = True) -> PrepareReport:
+def prepare(config: Config, progress: bool = True, part: Part = ONE_PART) -> PrepareReport:
     """Make the shards that `prepare` and `data.sequence_length` ask for, or return those that are there.
 
     Args:
         config: the whole configuration.
         progress: show a progress bar, or lines, on stderr.
+        part: do this part of the work together with others that run on the same output folder.
 
     Raises:
         ConfigError: no source, or a vocabulary too small for the text.
@@ -77,26 +77,30 @@ def prepare(config: Config, progress: bool = True) -> PrepareReport:
     existing = _existing(output, wanted)
     if set(folders.values()) <= set(existing):
         _check_unchanged(config, existing[folders["train"]])
-        shutil.rmtree(output / WORK, ignore_errors=True)
+        if part.number == 0:
+            shutil.rmtree(output / WORK, ignore_errors=True)
         rows = _stored_rows(existing, folders)
         return PrepareReport(output, folders["train"], folders.get("validation"), True, rows)
     items = find_items(config.prepare.source, text_key=config.prepare.text_key, license=config.prepare.license)
     work = output / WORK
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with locked(work):
-            _open_work(work, {"prepare": wanted, "source": fingerprint(items)})
-            workers = Workers(config.prepare.num_workers or os.cpu_count() or 1)
+        with opened(work, {"prepare": wanted, "source": fingerprint(items)}, part), heartbeat(work, part):
+            workers = Workers(config.prepare.num_workers or available_cores())
             with workers, StageProgress(progress) as bar:
-                context = Context(config, work, workers, bar)
-                collected, tokenized = _noting_failure(context, items, folders, wanted)
-        shutil.rmtree(work)
+                context = Context(config, work, Crew(work, part, workers, bar), bar)
+                done = _noting_failure(context, items, folders, wanted)
+        if done is not None:
+            wait_for_goodbye(work, part)
+            shutil.rmtree(work, ignore_errors=part.count > 1)  # a network file system keeps what others still hold
     except OSError as cause:
         raise DataError(
             f"prepare.output_dir: {cause.filename or output}: cannot be written: {cause.strerror or cause}; "
             "choose another folder, or free it, and run the same command again"
         ) from cause
-    rows = _closing_rows(context, collected, tokenized, folders, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    rows = (("part", f"{part}: done, part 0 completes the folder"), *_cost_rows(seconds))
+    if done is not None:
+        rows = _closing_rows(*done, folders, seconds)
     return PrepareReport(output, folders["train"], folders.get("validation"), False, rows)
 
 
@@ -108,47 +112,67 @@ def _folders(output: Path, validation_fraction: float) -> dict[Split, Path]:
 
 def _noting_failure(
     context: Context, items: list[Item], folders: dict[Split, Path], wanted: dict[str, Any]
-) -> tuple[Collected, Tokenized]:
+) -> tuple[Collected, Tokenized] | None:
     try:
         return _run_stages(context, items, folders, wanted)
-    except SparseltError:
-        (context.work / FAILED).touch()
+    except OtherPartError:
+        raise
+    except SparseltError as error:
+        note_failure(context.work, context.crew.part, str(error))
         raise
 
 
 def _run_stages(
     context: Context, items: list[Item], folders: dict[Split, Path], wanted: dict[str, Any]
-) -> tuple[Collected, Tokenized]:
+) -> tuple[Collected, Tokenized] | None:
+    """All stages; then part 0 completes the folders, and only it returns what became of the text."""
     collected = collect_documents(context, items)
-    near = stages.remove_near_duplicates(context, collected)
+    survivors = stages.remove_duplicates(context, collected)
     held_out = held_out_below(collected, context.config.prepare.validation_fraction)
-    stages.make_tokenizer(context, collected, near, held_out)
-    tokenized = stages.tokenize_documents(context, collected, near, held_out)
-    for split in folders:
-        stages.check_enough(context, tokenized, split)
-    entries = {split: stages.write_split(context, tokenized, split, folder) for split, folder in folders.items()}
-    source = fingerprint(items)
+    stages.make_tokenizer(context, collected, survivors, held_out)
+    tokenized = stages.tokenize_documents(context, collected, survivors, held_out)
+    samples = {split: stages.make_samples(context, tokenized, split) for split in folders}
+    entries = {
+        split: stages.write_split(context, tokenized, samples[split], split, folder)
+        for split, folder in folders.items()
+    }
+    if context.crew.part.number != 0:
+        return None
+    statistics = {"source_fingerprint": fingerprint(items)}
     for split in reversed(folders):  # train last: its manifest says that all is there
-        folder = folders[split]
-        _copy_tokenizer(context.tokenizer, folder / TOKENIZER)
-        totals = tokenized.splits[split]
-        write_manifest(
-            folder,
-            entries[split],
-            kind=context.kind,
-            sequence_length=context.row_length,
-            dtype=tokenized.dtype,
-            vocab_size=tokenizer_info(context.tokenizer).vocab_size,
-            tokenizer_sha256=file_sha256(context.tokenizer / TOKENIZER_FILE),
-            sources=[
-                SourceEntry(name, license, totals.documents[number], totals.characters[number])
-                for number, (name, license) in enumerate(collected.sources)
-                if totals.documents[number]
-            ],
-            prepare=wanted,
-            statistics=_statistics(context, collected, tokenized, split) | {"source_fingerprint": source},
-        )
+        described = statistics | _statistics(context, collected, tokenized, split, entries[split])
+        _complete(context, collected, tokenized, split, folders[split], entries[split], wanted, described)
     return collected, tokenized
+
+
+def _complete(
+    context: Context,
+    collected: Collected,
+    tokenized: Tokenized,
+    split: Split,
+    folder: Path,
+    entries: list[ShardEntry],
+    wanted: dict[str, Any],
+    statistics: dict[str, Any],
+) -> None:
+    _copy_tokenizer(context.tokenizer, folder / TOKENIZER)
+    totals = tokenized.splits[split]
+    write_manifest(
+        folder,
+        entries,
+        kind=context.kind,
+        sequence_length=context.row_length,
+        dtype=tokenized.dtype,
+        vocab_size=tokenized.tokenizer.vocab_size,
+        tokenizer_sha256=file_sha256(context.tokenizer / TOKENIZER_FILE),
+        sources=[
+            SourceEntry(name, license, totals.sources[number], totals.characters[number])
+            for number, (name, license) in enumerate(collected.sources)
+            if totals.sources[number]
+        ],
+        prepare=wanted,
+        statistics=statistics,
+    )
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -187,16 +211,11 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[Path, Manifest]:
     return found
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    return ", ".join(f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here" for key in keys)
-
-
 def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differences = _differences(found, wanted)
-    if differences:
+    other = differences(found, wanted)
+    if other:
         raise DataError(
-            f"prepare.output_dir: {folder}: holds shards of another preparation: {differences}; nothing was "
+            f"prepare.output_dir: {folder}: holds shards of another preparation: {other}; nothing was "
             "overwritten: choose another prepare.output_dir, or remove the folder"
         )
 
@@ -214,55 +233,19 @@ def _check_unchanged(config: Config, manifest: Manifest) -> None:
         )
 
 
-def _open_work(work: Path, wanted: dict[str, Any]) -> None:
-    """Continue work of the same configuration and source, or begin it.
-
-    Work for something else is discarded if it ended with an error, for the change is then the remedy. If it was killed
-    it is refused, for it may have taken hours.
-    """
-    path = work / "config.json"
-    found = json.loads(path.read_bytes()) if path.exists() else None
-    if found is not None and found != wanted:
-        if not (work / FAILED).exists():
-            raise DataError(_other_work(work, found, wanted))
-        _discard(work)
-    (work / FAILED).unlink(missing_ok=True)
-    if not path.exists():
-        write_atomically(path, json.dumps(wanted).encode())
-
-
-def _other_work(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    differences = _differences(found["prepare"], wanted["prepare"]) or "the source files have changed"
-    return (
-        f"prepare.output_dir: {work.parent}: holds an unfinished preparation of something else: {differences}; finish "
-        f"that one, choose another prepare.output_dir, or remove {work} to begin anew"
-    )
-
-
-def _discard(work: Path) -> None:
-    """Remove unfinished work and the shards it may have written; a folder with a manifest is not touched."""
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
-    for folder in (work.parent, *(work.parent / split for split in SPLITS)):
-        if not (folder / MANIFEST).exists():
-            for path in folder.glob("shard-[0-9]*"):
-                path.unlink()
-
-
 # --- the account -----------------------------------------------------------------------------------------------------
 
 
-def _statistics(context: Context, collected: Collected, tokenized: Tokenized, split: Split) -> dict[str, Any]:
+def _statistics(
+    context: Context, collected: Collected, tokenized: Tokenized, split: Split, entries: list[ShardEntry]
+) -> dict[str, Any]:
     counts, totals = collected.counts, tokenized.splits[split]
-    return {
+    statistics = {
         "documents_read": counts["read"],
         "characters_read": counts["read_characters"],
         "too_short": counts["too_short"],
         "too_long": counts["too_long"],
-        "exact_duplicates": counts["exact_duplicates"],
+        "exact_duplicates": tokenized.exact_duplicates,
         "near_duplicates": tokenized.near_duplicates,
         "incompressible": tokenized.incompressible,
         "documents": totals.samples,
@@ -271,6 +254,10 @@ def _statistics(context: Context, collected: Collected, tokenized: Tokenized, sp
         "text_bytes": totals.text_bytes,
         "bytes_per_token": round(totals.text_bytes / max(1, totals.text_tokens), 4),
     }
+    if context.kind == "packed" and context.row_length:
+        places = context.row_length * sum(entry.samples for entry in entries)
+        statistics["fill"] = round(totals.ids / places, 6)
+    return statistics
 
 
 def _filter_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -286,8 +273,10 @@ def _filter_rows(statistics: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _split_row(statistics: dict[str, Any], samples: int, shards: int, kind: str, vocab_size: int) -> str:
     tokens = f"{statistics['tokens']:,} tokens ({statistics['tokens_dropped']} dropped)"
+    what = "rows" if kind == "packed" else kind
+    full = f" {100 * statistics['fill']:.2f} % full" if "fill" in statistics else ""
     return (
-        f"{statistics['documents']:,} documents, {tokens}, {samples:,} {kind} in {shards} shards, "
+        f"{statistics['documents']:,} documents, {tokens}, {samples:,} {what}{full} in {shards} shards, "
         f"{statistics['bytes_per_token']:.2f} bytes a token, vocabulary {vocab_size:,}"
     )
 
@@ -303,15 +292,21 @@ def _stored_rows(manifests: dict[Path, Manifest], folders: dict[Split, Path]) ->
 
 
 def _closing_rows(
-    context: Context, collected: Collected, tokenized: Tokenized, folders: dict[Split, Path], seconds: float
+    collected: Collected, tokenized: Tokenized, folders: dict[Split, Path], seconds: float
 ) -> tuple[tuple[str, str], ...]:
     manifests = {folder: read_manifest(folder) for folder in folders.values()}
     megabytes = sum(totals.text_bytes for totals in tokenized.splits.values()) / 1e6
+    return (
+        *_stored_rows(manifests, folders),
+        ("text kept", f"{megabytes:,.1f} MB ({megabytes / max(seconds, 1e-9):.2f} MB of text a second)"),
+        *_cost_rows(seconds),
+    )
+
+
+def _cost_rows(seconds: float) -> tuple[tuple[str, str], ...]:
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return (
-        *_stored_rows(manifests, folders),
-        ("text kept", f"{megabytes:,.1f} MB"),
-        ("seconds", f"{seconds:.1f} ({megabytes / max(seconds, 1e-9):.2f} MB of text a second)"),
+        ("seconds", f"{seconds:.1f}"),
         ("peak memory", f"{own:.2f} GiB, the largest worker {worker:.2f} GiB"),
     )

@@ -185,6 +185,18 @@ def _normalizer(crammed: bool) -> Any:
     )
 
 
+def own_normalizer(how: Normalization) -> dict[str, Any] | None:
+    """The normaliser, as it stands in `tokenizer.json`, that changes nothing in text that `normalize` has gone over."""
+    from tokenizers import Tokenizer, models
+
+    if how == "none":
+        return None
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = _normalizer(how == "crammed")
+    content: dict[str, Any] = json.loads(tokenizer.to_str())["normalizer"]
+    return content
+
+
 def _pre_tokenizer(kind: TokenizerKind, crammed: bool) -> Any:
     from tokenizers import pre_tokenizers
 

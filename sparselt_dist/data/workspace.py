@@ -1,7 +1,7 @@
-"""What makes a preparation restartable and parallel: a locked work folder, logs that survive a kill, worker processes.
+"""What makes a preparation restartable and parallel: files that are whole or absent, logs, locks, worker processes.
 
-Work goes in numbered chunks. A chunk's data is appended to a data file and flushed, then a line of JSON is appended to
-a log and flushed: the log is the truth, and whatever a kill left behind its last line is cut off at the next start.
+Work goes in numbered jobs. A job writes whole files, each by rename, then a line of JSON is appended to a log and
+flushed: the log is the truth. A torn last line, and files that no line speaks of, are written anew.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 from sparselt_dist.errors import DataError
 
@@ -28,13 +27,26 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class _AppendOnly:
-    """A file that only grows; what lies beyond the committed size is cut off at opening."""
+@contextlib.contextmanager
+def committed(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that is there, flushed to disk, only after the block has ended well."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
-    def __init__(self, path: Path, committed: int) -> None:
+
+class WorkLog:
+    """A file of JSON lines; each is on disk before `append` returns. A torn last line is cut off at opening."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = list(itertools.takewhile(lambda line: line.endswith(b"\n"), lines))
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in whole]
         self._file = path.open("ab")
-        self._file.truncate(committed)
-        self.size = committed
+        self._file.truncate(sum(map(len, whole)))
 
     def __enter__(self) -> Self:
         return self
@@ -44,56 +56,47 @@ class _AppendOnly:
     ) -> None:
         self._file.close()
 
-    def _write(self, data: bytes) -> None:
-        """Write and flush to disk."""
-        self._file.write(data)
+    def append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.size += len(data)
-
-
-class WorkLog(_AppendOnly):
-    """A file of JSON lines; each is on disk before `append` returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.records: list[dict[str, Any]] = []
-        valid = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                self.records.append(json.loads(line))
-                valid += len(line)
-        super().__init__(path, valid)
-
-    def append(self, record: dict[str, Any]) -> None:
-        self._write(json.dumps(record).encode() + b"\n")
         self.records.append(record)
 
 
-class DataFile(_AppendOnly):
-    """Data whose committed size a log knows."""
+class LogReader:
+    """The lines that other processes, on other machines too, append to logs."""
 
-    def append(self, data: bytes) -> None:
-        self._write(data)
+    def __init__(self, folder: Path, pattern: str) -> None:
+        self._folder = folder
+        self._pattern = pattern
+        self._read: dict[Path, int] = {}
+
+    def new_records(self) -> Iterator[dict[str, Any]]:
+        """What was completed since the last call; a line that is being written waits for the next."""
+        for path in sorted(self._folder.glob(self._pattern)):
+            with path.open("rb") as file:  # opened anew: a network file system shows then what others wrote
+                file.seek(self._read.get(path, 0))
+                lines = file.read().splitlines(keepends=True)
+            for line in itertools.takewhile(lambda line: line.endswith(b"\n"), lines):
+                self._read[path] = self._read.get(path, 0) + len(line)
+                yield json.loads(line)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds a work folder for this process.
-
-    Raises:
-        DataError: another process holds it.
-    """
-    with (folder / "lock").open("w") as file:
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds a lock file for this process while the block runs; gives False if another process holds it."""
+    with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as cause:
-            raise DataError(
-                f"{folder.parent}: another `sparselt prepare` is at work there; wait for it, or choose another "
-                "prepare.output_dir"
-            ) from cause
-        yield
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which a batch system can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker() -> None:
@@ -127,7 +130,7 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Results in the order of the jobs; at most two jobs a worker are in memory.
+        """Results as they come; at most two jobs a worker are in memory.
 
         Raises:
             DataError: a worker was killed, as happens when memory runs out.
@@ -141,14 +144,16 @@ class Workers:
             # spawned, because forking a process that has threads (torch, the progress bar) can deadlock
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._number, mp_context=context, initializer=_start_worker)
-        pending: deque[Future[Result]] = deque()
+        pending: set[Future[Result]] = set()
         try:
             for job in itertools.chain(first, iterator):
-                pending.append(self._pool.submit(function, job))
+                pending.add(self._pool.submit(function, job))
                 if len(pending) >= 2 * self._number:
-                    yield pending.popleft().result()
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
             while pending:
-                yield pending.popleft().result()
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
         except BrokenProcessPool as cause:
             raise DataError(
                 "prepare: a worker process was killed, most likely for want of memory; lower prepare.num_workers and "

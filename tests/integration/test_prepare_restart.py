@@ -14,7 +14,7 @@ import psutil
 import pytest
 from prepare_helpers import TEXTS, arguments_of, file_hashes, run_prepare, write_jsonl
 
-from sparselt_dist.data.shards import read_manifest
+from sparselt_dist.data.manifest import read_manifest
 from sparselt_dist.data.verification import verify
 from sparselt_dist.errors import ConfigError, DataError
 
@@ -46,8 +46,8 @@ def test_complete_shards_are_reused_and_never_overwritten(corpus: Path, tmp_path
 # counts the moments at which something is made durable, and dies by SIGKILL at the given one
 _KILLED = """
 import os, signal, sys
-from sparselt_dist.data import collection
-collection.BATCH_CHARACTERS = 50_000
+from sparselt_dist.data import sources
+sources.MIN_SEGMENT_BYTES = 50_000
 moment, count, sync = int(sys.argv[1]), 0, os.fsync
 def strike():
     global count
@@ -80,10 +80,12 @@ def test_a_killed_preparation_continues_to_the_same_bytes(tmp_path: Path) -> Non
     }
     undisturbed = _run_until(0, arguments_of(source, tmp_path / "a", settings))
     assert undisturbed.returncode == 0, undisturbed.stderr
-    step = int(undisturbed.stdout.split()[-1]) // 6 | 1  # odd, so that kills fall before and after a flush
-    arguments = arguments_of(source, tmp_path / "b", settings | {"prepare.num_workers": 2})
+    step = int(undisturbed.stdout.split()[-1]) // 9 | 1  # odd, so that kills fall before and after a flush
+    arguments = [
+        arguments_of(source, tmp_path / "b", settings | {"prepare.num_workers": workers}) for workers in (1, 2)
+    ]
     kills = 0
-    while (result := _run_until(step, arguments)).returncode == -signal.SIGKILL:
+    while (result := _run_until(step, arguments[kills % 2])).returncode == -signal.SIGKILL:
         kills += 1
         assert kills < 30
     assert result.returncode == 0, result.stderr
@@ -96,7 +98,7 @@ def test_a_kill_leaves_no_process_and_the_end_is_accounted_for(tmp_path: Path) -
     command = [sys.executable, "-m", "sparselt_dist.prepare", *settings, f"prepare.output_dir={tmp_path / 'out'}"]
     command.append("prepare.num_workers=2")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "out/.work/tokenize.log"
+    log = tmp_path / "out/.work/tokenize.0.log"
     _wait_for(lambda: log.exists() and log.stat().st_size > 0)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()

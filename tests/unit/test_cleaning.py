@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+import random
+import re
+
 import pytest
 
-from sparselt_dist.data.cleaning import CleaningRules, HashSet, Normalization, clean_batch, normalize, parse_records
+from sparselt_dist.data.cleaning import CleaningRules, Normalization, clean_batch, normalize
+from sparselt_dist.data.embedded import tidy
 from sparselt_dist.data.tokenizer_training import _normalizer
 
 TRAPS = [
@@ -50,6 +53,21 @@ def test_nfc_composes_and_tidies() -> None:
     assert normalize("e\u0301  x \r\n\r\n\r\n\r\ny\x00 ", "nfc") == "\u00e9 x\n\ny"
 
 
+def _tidied_by_patterns(text: str) -> str:
+    """The definition of `tidy`, one pattern a rule."""
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = re.sub(r" ?\n ?", "\n", re.sub(r"[ \t\u00a0]+", " ", text))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def test_tidying_follows_its_definition() -> None:
+    draw = random.Random(0)
+    characters = "ab \t\n\r\x00\x07\x7f\x85\x9f\u00a0\u00c2\u00e9\u0301\u4e2d\x0b\u2028\u3000"
+    for _ in range(5000):
+        text = "".join(draw.choices(characters, k=draw.randrange(14)))
+        assert tidy(text) == _tidied_by_patterns(text), repr(text)
+
+
 def test_lone_surrogates_can_be_written() -> None:
     assert normalize("a\ud800b", "none") == "ab"
 
@@ -58,22 +76,10 @@ def test_documents_outside_the_limits_are_counted_and_dropped() -> None:
     rules = CleaningRules("nfc", min_characters=3, max_characters=5)
     batch = clean_batch(rules, [(0, "ab"), (1, "abc"), (0, "abcde"), (0, "abcdef"), (0, "  a  ")])
     assert (batch.too_short, batch.too_long, batch.characters.tolist()) == (2, 1, [3, 5])
-    stored = list(parse_records(b"".join(batch.records)))
-    assert [(document.source, document.text) for document in stored] == [(1, "abc"), (0, "abcde")]
-    assert [document.exact_hash for document in stored] == batch.exact_hashes.tolist()
+    assert (batch.sources.tolist(), batch.texts) == ([1, 0], [b"abc", b"abcde"])
+    assert batch.exact_hashes.tolist() == clean_batch(rules, [(7, "abc"), (7, "abcde")]).exact_hashes.tolist()
+    assert len({*batch.exact_hashes.tolist(), *batch.split_hashes.tolist()}) == 4
 
 
 def test_an_empty_document_is_too_short_whatever_the_limit() -> None:
     assert clean_batch(CleaningRules("nfc", 0, None), [(0, "\n")]).too_short == 1
-
-
-def test_hash_set_equals_a_set() -> None:
-    rng = np.random.default_rng(0)
-    ours, reference = HashSet(), set[int]()
-    for size in (0, 1, 5, 300, 40, 1000, 3):
-        hashes = rng.integers(0, 1500, size).astype(np.uint64)
-        expected = []
-        for value in hashes.tolist():
-            expected.append(value not in reference)
-            reference.add(value)
-        assert ours.add(hashes).tolist() == expected

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from sparselt_dist.data import sources
-from sparselt_dist.data.sources import Reader, find_items, fingerprint
+from sparselt_dist.data import reading, sources
+from sparselt_dist.data.reading import Reader
+from sparselt_dist.data.sources import cut_segments, find_items, fingerprint
 from sparselt_dist.errors import ConfigError, DataError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -94,7 +95,7 @@ def test_reading_continues_at_any_position(tmp_path: Path, start: int) -> None:
 
 
 def test_a_huge_text_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr(reading, "MAX_TEXT_BYTES", 100)
     path = tmp_path / "a.txt"
     text = "".join(f"Zeile {number} äöü\n" for number in range(60)) + "ß" * 170
     path.write_bytes(text.encode())
@@ -118,11 +119,36 @@ def test_saved_data_sets_and_parquet(tmp_path: Path) -> None:
         _texts(tmp_path / "saved")
 
 
-def test_the_fraction_read_grows_to_one(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(_jsonl(*("x" * 5000 for _ in range(50))))
-    reader = Reader(find_items(str(tmp_path), text_key="text", license=""))
-    seen = [reader.fraction for _ in reader]
-    assert seen == sorted(seen, key=lambda share: share or 0) and reader.fraction == 1.0
+@pytest.mark.parametrize("size", [1, 7, 40, 160, 700, 10_000])
+def test_segments_have_every_document_once_and_in_order(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(_jsonl(*(f"{number} ä" * (1 + number % 7) for number in range(30))))
+    (tmp_path / "b.txt").write_text("small")
+    (tmp_path / "c.txt").write_text("small too")
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(_jsonl(*"abcdefgh")))
+    (tmp_path / "e.jsonl").write_bytes(_jsonl("long " * 60).rstrip(b"\n"))
+    items = find_items(str(tmp_path), text_key="text", license="")
+    segments = cut_segments(items, size)
+    joined = [document.text for segment in segments for document in Reader(segment)]
+    assert joined == _texts(tmp_path)
+    assert len(segments) > 8 if size < 100 else len(segments) < 30
+
+
+def test_pieces_of_a_text_file_are_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 100)
+    monkeypatch.setattr(reading, "MAX_TEXT_BYTES", 100)
+    text = "".join(f"Zeile {number} äöü\n" for number in range(60)) + "ß" * 170
+    (tmp_path / "a.txt").write_text(text)
+    segments = cut_segments(find_items(str(tmp_path), text_key="", license=""), 10)
+    assert len(segments) == round(len(text.encode()) / 100)
+    assert "".join(document.text for segment in segments for document in Reader(segment)) == text
+
+
+def test_a_bad_line_of_a_piece_is_numbered_in_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(_jsonl(*(f"{number}" for number in range(40))) + b"no JSON\n" + _jsonl("x"))
+    segments = cut_segments(find_items(str(path), text_key="text", license=""), 100)
+    with pytest.raises(DataError, match=r"a\.jsonl:41: not JSON"):
+        [list(Reader(segment)) for segment in segments]
 
 
 def test_the_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselt_dist.data.workspace import DataFile, Workers, WorkLog, locked
-from sparselt_dist.errors import DataError
+from sparselt_dist.data.workspace import LogReader, Workers, WorkLog, committed, locked
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
@@ -27,20 +26,39 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
             assert log.records[complete:] == [{"n": "new"}]
 
 
-def test_data_after_the_committed_size_is_cut_off(tmp_path: Path) -> None:
+def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    path.write_bytes(b"committed, and not")
-    with DataFile(path, committed=9) as file:
-        file.append(b"!")
-        assert file.size == 10
-    assert path.read_bytes() == b"committed!"
+    with pytest.raises(TypeError), committed(path) as file:
+        file.write("no bytes")  # type: ignore[arg-type]
+    assert not path.exists()
+    with committed(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
 
 
-def test_a_work_folder_is_held_by_one(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(DataError, match="another `sparselt prepare` is at work"), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
+def test_a_reader_sees_whole_lines_of_all_logs_once(tmp_path: Path) -> None:
+    logs = LogReader(tmp_path, "stage.*.log")
+    assert list(logs.new_records()) == []
+    with WorkLog(tmp_path / "stage.0.log") as first, WorkLog(tmp_path / "stage.1.log") as second:
+        first.append({"n": 1})
+        second.append({"n": 2})
+        assert list(logs.new_records()) == [{"n": 1}, {"n": 2}]
+        second.append({"n": 3})
+    with (tmp_path / "stage.0.log").open("ab") as file:
+        file.write(b'{"n": ')
+        file.flush()
+        assert list(logs.new_records()) == [{"n": 3}]
+        file.write(b"4}\n")
+    assert list(logs.new_records()) == [{"n": 4}]
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path) as first, locked(path) as second:
+        assert first and not second
+    with locked(path) as again:
+        assert again
 
 
 def test_one_worker_or_one_job_needs_no_process() -> None:
