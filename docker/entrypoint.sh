@@ -18,7 +18,7 @@ pretrain | "" | -* | *=*)
     if [ "${1:-}" = pretrain ]; then shift; fi
     exec deepspeed ${RANKS:+--num_gpus "$RANKS"} -m sparselt_dist.pretrain "$@"
     ;;
-prepare | shards | doctor | plan | evaluate | export | compare | mlflow-sync)
+prepare | shards | doctor | plan | evaluate | typing | export | convert | compare | mlflow-sync)
     exec sparselt "$@"
     ;;
 *)

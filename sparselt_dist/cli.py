@@ -21,7 +21,9 @@ COMMANDS: dict[str, str] = {
     "doctor": "is this machine, configuration and shard folder fit to run?",
     "plan": "memory, FLOPs, hours and cost before queueing",
     "evaluate": "a checkpoint or exported model on named tasks",
+    "typing": "latent types of any text under a checkpoint of slt",
     "export": "a checkpoint to a Hugging Face folder",
+    "convert": "official checkpoints of SparseLT, cramming and headless-lm to ours",
     "compare": "runs side by side",
     "mlflow-sync": "run folders' journals into an MLflow store",
 }

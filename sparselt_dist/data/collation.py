@@ -20,7 +20,7 @@ class Collated(NamedTuple):
     """A batch and which of its samples are in it."""
 
     batch: Batch
-    delivered: np.ndarray  # bool [samples]; False: of a shard that is skipped
+    delivered: np.ndarray | None  # bool [samples]; False: of a shard that is skipped; None: all are in it
 
 
 def collate(
@@ -32,11 +32,13 @@ def collate(
         DataError: a sample cannot be read or collated; its shard and number are named.
     """
     stored = corpora.read(samples)
-    delivered = np.array([sample is not None for sample in stored])
-    examples: list[Example] = []
-    for key, sample, seed in zip(corpora.keys(samples), stored, seeds.tolist(), strict=True):
-        if sample is not None:
-            examples += _examples(key, sample, seed, row_length)
+    examples = [
+        example
+        for key, sample, seed in zip(corpora.keys(samples), stored, seeds.tolist(), strict=True)
+        if sample is not None
+        for example in _examples(key, sample, seed, row_length)
+    ]
+    delivered = None if None not in stored else np.array([sample is not None for sample in stored])
     if not examples:
         nothing: Example = {"key": "", "ids": np.zeros(1, dtype=np.uint16), "seed": 0}
         return Collated(without_targets(collator([nothing])), delivered)

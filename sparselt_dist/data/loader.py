@@ -146,8 +146,11 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         plan, place = self._plan_of(micro_step)
         samples, seeds = plan.samples[place], plan.seeds[place]
         batch, delivered = collate(self.corpora, self._collator, samples, seeds, self._row_length)
-        digest = int(plan.hashes[place][delivered].sum(dtype=np.uint64))
-        return MicroBatch(batch, digest, int((~delivered).sum()), tuple(self.corpora.take_complaints()))
+        hashes = plan.hashes[place]
+        if delivered is None:
+            return MicroBatch(batch, int(hashes.sum()))
+        digest, skipped = int(hashes[delivered].sum()), int((~delivered).sum())
+        return MicroBatch(batch, digest, skipped, tuple(self.corpora.take_complaints()))
 
     def __getitem__(self, micro_step: int) -> _Made | _Failure:
         """In a worker: the micro-batch, or its fault as data."""

@@ -7,7 +7,6 @@ samples become gaps that are counted. Nothing else moves, so the order of all ot
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +60,7 @@ Opened = TypeVar("Opened", bound=Closable)
 
 
 class ShardFiles(Generic[Opened]):
-    """The shards of one folder, opened when first asked for; the least recently used are closed.
+    """The shards of one folder, opened when first asked for; those opened longest ago are closed.
 
     Args:
         location: folder or URL prefix that the entries' names are relative to.
@@ -80,13 +79,13 @@ class ShardFiles(Generic[Opened]):
         self._access = access
         self._open_shard = open_shard
         self._cache = access.cache() if is_remote(location) else None
-        self._opened: OrderedDict[int, Opened] = OrderedDict()
+        self._opened: dict[int, Opened] = {}
         self._held_bytes = 0
         self._bad: dict[int, str] = {}
         self._complaints: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": OrderedDict(), "_held_bytes": 0}
+        return {**self.__dict__, "_opened": {}, "_held_bytes": 0}
 
     def url(self, shard: int) -> str:
         """Path or URL of a shard."""
@@ -100,7 +99,6 @@ class ShardFiles(Generic[Opened]):
         """
         opened = self._opened.get(shard)
         if opened is not None:
-            self._opened.move_to_end(shard)
             return opened
         if shard in self._bad:
             return None
@@ -115,7 +113,7 @@ class ShardFiles(Generic[Opened]):
         self._opened[shard] = opened
         self._held_bytes += opened.held_bytes
         while len(self._opened) > OPEN_SHARDS or (self._held_bytes > HELD_BYTES and len(self._opened) > 1):
-            closed = self._opened.popitem(last=False)[1]
+            closed = self._opened.pop(next(iter(self._opened)))
             self._held_bytes -= closed.held_bytes
             closed.close()
         return opened

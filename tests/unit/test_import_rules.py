@@ -28,9 +28,9 @@ LAYERS: dict[int, str] = {
     # models, objectives, and what is written and read of them
     2: "models. objectives. optim checkpoint engine_state mlflow_sink",
     # what is done with them
-    3: "evaluation. trainer run_folder closing comparison compare_report diagnosis",
+    3: "evaluation. trainer run_folder closing comparison compare_report diagnosis typing_report",
     # command lines, and the jobs that they start
-    4: """cli compare doctor evaluate export launch mlflow_sync plan prepare pretrain run run_start shards""",
+    4: """cli compare convert doctor evaluate export launch mlflow_sync plan prepare pretrain run run_start shards typing""",
 }
 
 # Library -> the only modules that may import it.
@@ -44,12 +44,12 @@ OWNERS: dict[str, str] = {
     "requests": "data.transports",
     "boto3": "data.transports",
     "botocore": "data.transports",
-    "spacy": "data.parsing",
+    "spacy": "data.parsing evaluation.parts_of_speech",
 }
 
 # Modules whose import must stay cheap: command lines answer --help and configuration errors in under a second.
-LIGHT = """errors config config_loading budget cli objectives objectives.settings compare doctor evaluate export launch
-mlflow_sync plan prepare pretrain shards data.storage data.cache""".split()
+LIGHT = """errors config config_loading budget cli objectives objectives.settings compare convert doctor evaluate export launch
+mlflow_sync plan prepare pretrain shards typing data.storage data.cache""".split()
 HEAVY = "torch transformers deepspeed mlflow datasets webdataset datatrove requests boto3 botocore spacy".split()
 
 
