@@ -34,7 +34,7 @@ from sparselt_dist.config_layers import (
 )
 from sparselt_dist.errors import ConfigError, PluginError
 from sparselt_dist.objectives.base import available, get_objective
-from sparselt_dist.objectives.settings import BUILT_IN_SETTINGS
+from sparselt_dist.objectives.settings import BUILT_IN_SETTINGS, MixConfig, PartConfig
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 
 __all__ = [
@@ -90,10 +90,17 @@ def load_config(
 def dump(config: Config) -> str:
     """The whole configuration as YAML, the objective's own defaults included; `load_config` reads it back."""
     values = config.model_dump(mode="json")
-    settings = objective_settings(config)
-    own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dataclasses.asdict(settings)
-    values["objective"] |= own
+    values["objective"] |= _dumped(objective_settings(config))
     return write_yaml(values)
+
+
+def _dumped(settings: Any) -> dict[str, Any]:
+    """All keys of an objective, those of a mixture's parts included."""
+    own = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dataclasses.asdict(settings)
+    if isinstance(settings, MixConfig):
+        checked = [TypeAdapter(_config_class(part.name)).validate_python(part.own_keys()) for part in settings.parts]
+        own["parts"] = [written | _dumped(part) for written, part in zip(own["parts"], checked, strict=True)]
+    return own
 
 
 def objective_settings(config: Config) -> Any:
@@ -178,7 +185,7 @@ def _note(error: ValidationError, model: type[Any], prefix: str, merged: Merged,
         else:
             value = merged.value(full, detail["input"])
             is_missing = detail["type"] == "missing" and len(detail["loc"]) == path.count(".") + 1
-            expected = detail["msg"].removeprefix("Value error, ") if field is None else _expectation(field)
+            expected = _told(detail) if field is None else _expectation(field)
             hint = None if field is None else _choice_hint(field, value)
             faults.add(merged.source(full), full, "nothing" if is_missing else show(value), expected, hint)
     return paths
@@ -188,17 +195,28 @@ def _locate(detail: ErrorDetails, model: type[Any]) -> tuple[str, type[Any], Fie
     """Key path of an error, the model that holds the key, and its field; pydantic's union tags are left out."""
     keys: list[str] = []
     field: FieldInfo | None = None
-    parent = model
+    parent, member = model, None  # what a list that was just entered is of
     for part in map(str, detail["loc"]):
-        fields = _model_fields(parent)
         keys.append(part)
-        field = fields.get(part)
+        if member is not None:
+            parent, member, field = member, None, None
+            continue
+        field = _model_fields(parent).get(part)
         inner = field.annotation if field is not None else None
+        member = _listed_model(inner)
+        if member is not None:
+            continue
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
         if len(keys) < len(detail["loc"]):
             parent = inner
     return ".".join(keys), parent, field
+
+
+def _listed_model(annotation: Any) -> type[Any] | None:
+    """The model that `tuple[MODEL, ...]` or `list[MODEL]` is of, None for anything else."""
+    first = next(iter(get_args(annotation)), None) if get_origin(annotation) in (list, tuple) else None
+    return first if isinstance(first, type) and issubclass(first, BaseModel) else None
 
 
 def _model_fields(model: type[Any]) -> dict[str, FieldInfo]:
@@ -211,6 +229,8 @@ def _model_fields(model: type[Any]) -> dict[str, FieldInfo]:
 def _note_unknown_key(path: str, parent: type[Any], merged: Merged, faults: Faults) -> None:
     prefix, _, key = path.rpartition(".")
     siblings = list(_model_fields(parent))
+    if path.startswith("objective.parts."):
+        siblings = [*PartConfig.model_fields, *siblings]
     near = nearest(key, siblings)
     if near is not None:
         near = f"{prefix}.{near}" if prefix else near
@@ -224,6 +244,11 @@ def _note_unknown_key(path: str, parent: type[Any], merged: Merged, faults: Faul
 def _section_keys(field: FieldInfo) -> list[str]:
     section = field.annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _told(detail: ErrorDetails) -> str:
+    """What pydantic or a check of several fields expects where no single field is at fault."""
+    return "a mapping" if detail["type"] == "model_type" else detail["msg"].removeprefix("Value error, ")
 
 
 def _choice_hint(field: FieldInfo, found: Any) -> str | None:
@@ -250,7 +275,7 @@ def _expectation(field: FieldInfo) -> str:
         if get_origin(member) is Literal:
             choices = get_args(member)
             parts.append(("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices)))
-        elif get_origin(member) is list:
+        elif get_origin(member) is list or Ellipsis in get_args(member):
             parts.append("a list")
         elif get_origin(member) is tuple:
             parts.append(f"a list of {len(get_args(member))} numbers")
@@ -286,22 +311,36 @@ def _config_class(name: str) -> type[Any]:
 
 
 def _settings_of(config: Config, merged: Merged, faults: Faults) -> Any:
-    name = config.objective.name
+    return _checked(config.objective.name, config.objective.own_keys(), "objective", merged, faults)
+
+
+def _checked(name: str, keys: dict[str, Any], prefix: str, merged: Merged, faults: Faults) -> Any:
+    """The settings of the objective of a name, whose keys lie at `prefix`; None with faults noted."""
     choices = available()
     if name not in choices:
-        expected = f"one of {', '.join(choices)}"
-        faults.add(merged.source("objective.name"), "objective.name", show(name), expected, did_you_mean(name, choices))
+        path, expected = f"{prefix}.name", f"one of {', '.join(choices)}"
+        faults.add(merged.source(path), path, show(name), expected, did_you_mean(name, choices))
         return None
     cls = _config_class(name)
-    keys = config.objective.own_keys()
     unknown = [] if issubclass(cls, BaseModel) else [key for key in keys if key not in _model_fields(cls)]
     for key in unknown:
-        _note_unknown_key(f"objective.{key}", cls, merged, faults)
+        _note_unknown_key(f"{prefix}.{key}", cls, merged, faults)
+    settings = None
     try:
-        return TypeAdapter(cls).validate_python({key: value for key, value in keys.items() if key not in unknown})
+        settings = TypeAdapter(cls).validate_python({key: value for key, value in keys.items() if key not in unknown})
     except ValidationError as error:
-        _note(error, cls, "objective.", merged, faults)
-        return None
+        _note(error, cls, f"{prefix}.", merged, faults)
+    if cls is MixConfig:
+        _check_parts(keys.get("parts"), f"{prefix}.parts", merged, faults)
+    return settings
+
+
+def _check_parts(parts: Any, prefix: str, merged: Merged, faults: Faults) -> None:
+    """Check each part's own keys by its own objective; a part without a name is reported as such."""
+    for number, part in enumerate(parts if isinstance(parts, list | tuple) else []):
+        if isinstance(part, dict) and isinstance(part.get("name"), str) and part["name"] != "mix":
+            keys = {key: value for key, value in part.items() if key not in PartConfig.model_fields}
+            _checked(part["name"], keys, f"{prefix}.{number}", merged, faults)
 
 
 def _prune_inherited_objective_keys(merged: Merged) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -192,4 +192,69 @@ class DACConfig(MLMConfig):
         return self
 
 
-BUILT_IN_SETTINGS: dict[str, type[BaseModel]] = {"mlm": MLMConfig, "slt": SLTConfig, "cwt": CWTConfig}
+class PartConfig(BaseModel):
+    """One part of a mixture; beside these keys stand those of the part's own objective."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    name: str = Field(..., description="an objective of --list-objectives, other than mix")
+    weight: (
+        Annotated[float, Field(ge=0)]
+        | Annotated[tuple[Annotated[tuple[float, float], Field(strict=False)], ...], Field(strict=False, min_length=1)]
+    ) = Field(
+        1.0, description="factor of the loss: a number, or points [share of the budget, factor] with lines between"
+    )
+
+    @model_validator(mode="after")
+    def _points_rise(self) -> PartConfig:
+        shares, factors = zip(*self.points(), strict=True)
+        if list(shares) != sorted(shares) or not 0 <= shares[0] <= shares[-1] <= 1 or min(factors) < 0:
+            raise ValueError(
+                "weight with points [share of the budget, factor] whose shares rise from 0 to at most 1 and whose factors "
+                f"are not below 0 (found {[list(point) for point in self.points()]})"
+            )
+        return self
+
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """The weight as points [share of the budget, factor]."""
+        return ((0.0, self.weight),) if isinstance(self.weight, float) else self.weight
+
+    def weight_at(self, progress: float) -> float:
+        """The factor at a spent share of the budget in [0, 1]; of two points at one place the later holds from there."""
+        points = self.points()
+        before = [point for point in points if point[0] <= progress]
+        after = [point for point in points if point[0] > progress]
+        if not before or not after:
+            return before[-1][1] if before else after[0][1]
+        (start, low), (end, high) = before[-1], after[0]
+        return low + (high - low) * (progress - start) / (end - start)
+
+    def own_keys(self) -> dict[str, Any]:
+        """The keys for the configuration class of the part's objective."""
+        return dict(self.model_extra or {})
+
+
+class MixConfig(BaseModel):
+    """Keys beside `objective.name: mix`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    parts: tuple[PartConfig, ...] = Field(
+        ..., strict=False, description="the objectives, each with its weight and its own keys"
+    )
+    sharing: Literal["batch", "alternate"] = Field(
+        "batch",
+        description="batch: every step adds up the losses of all parts; "
+        "alternate: a step is of one part alone, each in turn as often as its weight says",
+    )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MixConfig:
+        if not self.parts or any(part.name == "mix" for part in self.parts):
+            raise ValueError("parts: objectives, one at least, that are no mixtures themselves")
+        places = sorted({0.0, 1.0, *(share for part in self.parts for share, _ in part.points())})
+        idle = [place for place in places if all(part.weight_at(place) == 0 for part in self.parts)]
+        if idle:
+            raise ValueError(f"a part with a weight above 0 at all times (all are 0 at {idle[0]:g} of the budget)")
+        return self
+
+
+BUILT_IN_SETTINGS: dict[str, type[BaseModel]] = {"mlm": MLMConfig, "slt": SLTConfig, "cwt": CWTConfig, "mix": MixConfig}
