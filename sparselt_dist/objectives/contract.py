@@ -248,7 +248,9 @@ class _Check:
         lost = [key for key in terms if key not in batch or batch[key].ndim]
         self.expect(not lost, f"the batch has no count {', '.join(lost)}", "a scalar for each of the loss's terms")
         split = float(torch.stack(list(terms.values())).sum().detach())
-        self.expect(abs(split - float(loss.detach())) <= 1e-4 * max(abs(split), 1), f"terms add to {split}", f"the loss, {loss}")
+        self.expect(
+            abs(split - float(loss.detach())) <= 1e-4 * max(abs(split), 1), f"terms add to {split}", f"the loss, {loss}"
+        )
         for term, pair in metrics.items():
             summed = len(pair) == 2 and all(isinstance(x, Tensor) and x.ndim == 0 for x in pair)
             self.expect(summed, f"metric {term!r} is {pair!r}", "(sum, count), two scalar tensors")

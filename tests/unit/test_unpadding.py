@@ -109,7 +109,10 @@ def test_documents_of_packed_rows_are_kept_apart_whatever_the_objective_passes_o
     model = PretrainingModel(backbone("crammed-bert", False), Forgetful())
     ids, mask = padded([14], 14)
     batch = {"input_ids": ids, "attention_mask": mask}
-    segments = {"segment_ids": torch.tensor([[1] * 6 + [2] * 8]), "position_ids": torch.tensor([[*range(6), *range(8)]])}
+    segments = {
+        "segment_ids": torch.tensor([[1] * 6 + [2] * 8]),
+        "position_ids": torch.tensor([[*range(6), *range(8)]]),
+    }
     packed = model({**batch, **segments}).metrics["hidden"][0]
     alone = model({"input_ids": ids[:, 6:], "attention_mask": mask[:, 6:]}).metrics["hidden"][0]
     torch.testing.assert_close(packed[:, 6:], alone, rtol=0, atol=1e-5)
