@@ -96,6 +96,10 @@ class PrepareSection(Section):
 class ModelSection(Section):
     architecture: str = Field("crammed-bert", description="crammed-bert, a Hugging Face config folder or a known type")
     init_from: str | None = Field(None, description="local checkpoint folder whose weights start the model")
+    init_objective: bool = Field(
+        False,
+        description="start the objective's own parameters from model.init_from too (SLT: a `convert`ed checkpoint)",
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the architecture's own config class")
 
 

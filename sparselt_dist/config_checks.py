@@ -64,6 +64,9 @@ def check_model(config: Config, merged: Merged, faults: Faults) -> None:
     if start is not None and not (Path(start) / "config.json").is_file():
         expected = "a local checkpoint folder with config.json"
         faults.add(merged.source("model.init_from"), "model.init_from", show(start), expected, "check the path")
+    if config.model.init_objective and start is None:
+        expected = "false, or a checkpoint in model.init_from"
+        faults.add(merged.source("model.init_objective"), "model.init_objective", "true", expected)
     name = config.model.architecture
     source = merged.source("model.architecture")
     try:

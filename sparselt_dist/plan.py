@@ -132,7 +132,9 @@ def model_facts(config: Config, tokenizer: TokenizerInfo) -> ModelFacts:
     from sparselt_dist.models.assembly import build_model
 
     if config.model.init_from is not None:  # its sizes without its weights
-        section = config.model.model_copy(update={"architecture": config.model.init_from, "init_from": None})
+        section = config.model.model_copy(
+            update={"architecture": config.model.init_from, "init_from": None, "init_objective": False}
+        )
         config = config.model_copy(update={"model": section})
     with torch.device("meta"):
         model = build_model(config, tokenizer)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation
 from sparselt_dist.errors import DataError, SparseltError
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
 from sparselt_dist.objectives.base import SharesStatistics, loss_terms
+from sparselt_dist.step_sums import Drawn, Sums
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora
@@ -52,51 +53,6 @@ class Progress:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class Sums:
-    """Running (sum, count) of each metric of a step, on this rank."""
-
-    values: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-
-    def add(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
-        old = self.values.get(name)
-        total, count = total.detach().double(), count.detach().double().to(total.device)
-        self.values[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
-
-    def add_output(self, output: LossOutput | SplitLossOutput, batch: Batch) -> None:
-        """Each part of the loss weighted by its own count in the batch, and every term of the objective."""
-        for key, part in loss_terms(output).items():
-            count = batch[key].to(part.device)
-            self.add(f"loss/{key}", part * count, count)
-        for name, (total, count) in output.metrics.items():
-            self.add(f"term/{name}", total, count)
-
-    def means(self, device: torch.device) -> dict[str, float]:
-        """Means over all ranks; all ranks call it together. A metric that counted nothing is left out."""
-        names = sorted(self.values)
-        if not names:
-            return {}
-        flat = torch.stack([part.to(device) for name in names for part in self.values[name]])
-        pairs = distributed.reduce_sum(flat).view(-1, 2).tolist()
-        means = {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
-        parts = [means.pop(name) for name in sorted(means) if name.startswith("loss/")]
-        return {**means, **({"loss": sum(parts)} if parts else {})}
-
-    def loss_is_finite(self) -> bool:
-        """Whether every part of the loss is, on this rank."""
-        parts = [total for name, (total, _) in self.values.items() if name.startswith("loss/")]
-        return bool(torch.isfinite(torch.stack(parts)).all())
-
-
-class Drawn(NamedTuple):
-    """What the ranks drew together for a global step."""
-
-    counts: dict[str, int]  # by batch key: num_targets, num_tokens and the objective's own
-    positions: int  # of the rows, padding included
-    skipped: int  # samples
-    digest: int
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from sparselt_dist.data.manifest import (
     SourceEntry,
     file_sha256,
 )
+from sparselt_dist.data.open_file import OpenFile
 from sparselt_dist.data.raw_tokenizer import TokenizerChoice, find_tokenizer
 from sparselt_dist.data.shard_files import Access, ShardFiles
 from sparselt_dist.data.shards import Stored
 from sparselt_dist.data.storage import basename, join
 from sparselt_dist.data.text_index import TextIndex, around, cut, find_index, text_of
 from sparselt_dist.data.tokenizer import TOKENIZER_FILE, end_of_document, load_for_text, tokenizer_info
-from sparselt_dist.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,10 +59,10 @@ class _OpenText:
     """One tar, held open, and where its pieces lie."""
 
     def __init__(self, path: Path, index: TextIndex, text_key: str, piece_bytes: int) -> None:
-        self._path, self._index, self._text_key, self._piece_bytes = path, index, text_key, piece_bytes
-        self.held_bytes = 0
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._index, self._text_key, self._piece_bytes = index, text_key, piece_bytes
+        self._file = OpenFile(path)
+        self.held_bytes = self._file.held_bytes
+        self.close = self._file.close
         self._pieces = index.pieces(piece_bytes)
         self._ends = np.cumsum(self._pieces)
 
@@ -77,31 +76,17 @@ class _OpenText:
 
     def document(self, number: int) -> bytes:
         """The text of one document, UTF-8."""
-        content = self._bytes(int(self._index.offsets[number]), int(self._index.sizes[number]))
+        content = self._file.bytes_at(int(self._index.offsets[number]), int(self._index.sizes[number]))
         is_json = bool(self._index.is_json[number])
-        return text_of(content, is_json, self._text_key, f"{self._path}: document {number}")
+        return text_of(content, is_json, self._text_key, f"{self._file.path}: document {number}")
 
     def _cut(self, document: int, number: int, pieces: int) -> bytes:
         """One piece; of plain text only the bytes around it are read, JSON must be read whole."""
         if self._index.is_json[document] or self._piece_bytes == 0:
             return cut(self.document(document), number, pieces, self._piece_bytes)
         first, end = around(number, self._piece_bytes, int(self._index.sizes[document]))
-        text = self._bytes(int(self._index.offsets[document]) + first, end - first)
+        text = self._file.bytes_at(int(self._index.offsets[document]) + first, end - first)
         return cut(text, number, pieces, self._piece_bytes, before=first)
-
-    def _bytes(self, offset: int, size: int) -> bytes:
-        content = os.pread(self._descriptor, size, offset)
-        if len(content) != size:
-            raise DataError(f"{self._path}: truncated while in use: found {len(content)} of {size} bytes at {offset}")
-        return content
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 # --- the corpus ------------------------------------------------------------------------------------------------------

@@ -52,8 +52,7 @@ class Closable(Protocol):
     """What an opened shard is held by."""
 
     held_bytes: int  # of memory
-
-    def close(self) -> None: ...
+    close: Callable[[], None]
 
 
 Opened = TypeVar("Opened", bound=Closable)

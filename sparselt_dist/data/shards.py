@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparselt_dist.data.manifest import MANIFEST, TOKENIZER, Manifest, parse_manifest, read_manifest
+from sparselt_dist.data.open_file import OpenFile
 from sparselt_dist.data.shard_files import Access, ShardFiles
 from sparselt_dist.data.shard_index import Member, read_index
 from sparselt_dist.data.storage import NotFoundError, is_remote, join, read_bytes
@@ -43,18 +44,12 @@ class Stored(NamedTuple):
 
 
 class _OpenShard:
-    """Where the samples of one shard lie in its file, which is held open, or in memory if it is small.
-
-    It is read, never mapped: a file that is cut short under a map kills the process.
-    """
+    """Where the samples of one shard lie in its file."""
 
     def __init__(self, path: Path, members: Sequence[Member], manifest: Manifest) -> None:
-        self.path = path
-        self._descriptor = -1
-        self._descriptor = os.open(path, os.O_RDONLY)
-        size = os.fstat(self._descriptor).st_size
-        self._content = self._read(0, size) if size <= HELD_SHARD_BYTES else None
-        self.held_bytes = size if self._content is not None else 0
+        self._file = OpenFile(path, HELD_SHARD_BYTES)
+        self.held_bytes = self._file.held_bytes
+        self.close = self._file.close
         itemsize = np.dtype(manifest.dtype).itemsize
         row_length = manifest.sequence_length or 0
         starts, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -79,25 +74,11 @@ class _OpenShard:
         self._documents_before = np.cumsum(np.concatenate([[0], *in_row]))
 
     def _numbers(self, offset: int, count: int) -> np.ndarray:
-        return np.frombuffer(self._bytes(offset, 4 * count), dtype=np.uint32)
-
-    def _bytes(self, offset: int, size: int) -> bytes:
-        if self._content is not None:
-            return self._content[offset : offset + size]
-        return self._read(offset, size)
-
-    def _read(self, offset: int, size: int) -> bytes:
-        try:
-            data = os.pread(self._descriptor, size, offset)
-        except OSError as cause:
-            raise DataError(f"{self.path}: cannot be read: {cause.strerror}; restore the file") from cause
-        if len(data) != size:
-            raise DataError(f"{self.path}: truncated while in use: found {len(data)} of {size} bytes at {offset}")
-        return data
+        return np.frombuffer(self._file.bytes_at(offset, 4 * count), dtype=np.uint32)
 
     def ids(self, inside: int) -> bytes:
         """The stored bytes of one sample's ids, padding left out."""
-        return self._bytes(self._first_bytes[inside], self._sizes[inside])
+        return self._file.bytes_at(self._first_bytes[inside], self._sizes[inside])
 
     def documents(self, inside: int) -> np.ndarray | None:
         """Lengths of the documents in one packed row."""
@@ -105,14 +86,6 @@ class _OpenShard:
             return None
         first, end = self._documents_before[inside : inside + 2]
         return self._documents[first:end]
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class ShardFolder:

@@ -20,8 +20,8 @@ from sparselt_dist.evaluation.yardsticks import run_yardsticks
 from sparselt_dist.follower import read_json
 from sparselt_dist.models.assembly import build_collator
 from sparselt_dist.models.backbone import Backbone, PretrainingModel
-from sparselt_dist.models.exporting import MARKER
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint, load_exported
+from sparselt_dist.models.objective_weights import MARKER
 from sparselt_dist.objectives.base import Collator, TokenizerInfo, get_objective
 from sparselt_dist.objectives.settings import MLMConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.models.backbone import PretrainingModel, build_backbone
+from sparselt_dist.models.objective_weights import load_objective_weights
 from sparselt_dist.objectives import get_objective
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ def build_model(config: Config, tokenizer: TokenizerInfo) -> PretrainingModel:
         with_head=objective.needs_lm_head(settings),
         unpad=config.train.unpad,
     )
-    return PretrainingModel(backbone, objective.build_module(settings, backbone))
+    module = objective.build_module(settings, backbone)
+    if config.model.init_objective and config.model.init_from is not None:
+        load_objective_weights(module, Path(config.model.init_from), config.objective.name)
+    return PretrainingModel(backbone, module)
 
 
 def build_collator(config: Config, tokenizer: TokenizerInfo) -> Collator:

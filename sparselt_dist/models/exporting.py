@@ -30,9 +30,8 @@ from sparselt_dist.models.backbone import Backbone
 from sparselt_dist.models.construction import POSITIONS_AFTER_PADDING
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint
 from sparselt_dist.models.model_card import ModelFacts, model_card
+from sparselt_dist.models.objective_weights import MARKER, OBJECTIVE_FILE
 
-MARKER = "sparselt_export.json"
-OBJECTIVE_FILE = "objective.safetensors"
 CARD = "README.md"
 
 

@@ -55,7 +55,9 @@ def load_checkpoint(path: Path) -> LoadedCheckpoint:
             f"checkpoint {path}: its configuration cannot be read ({cause}); use the version that wrote it"
         ) from cause
     # The architecture as it was trained: folders that the run started from may be gone.
-    section = config.model.model_copy(update={"architecture": str(path), "init_from": None, "config": {}})
+    section = config.model.model_copy(
+        update={"architecture": str(path), "init_from": None, "init_objective": False, "config": {}}
+    )
     config = config.model_copy(update={"model": section})
     tokenizer = tokenizer_info(tokenizer_dir)
     model = build_model(config, tokenizer)

@@ -28,7 +28,7 @@ LAYERS: dict[int, str] = {
     # models, objectives, and what is written and read of them
     2: "models. objectives. optim checkpoint engine_state mlflow_sink",
     # what is done with them
-    3: "evaluation. trainer run_folder closing comparison compare_report diagnosis typing_report",
+    3: "evaluation. trainer step_sums run_folder closing comparison compare_report diagnosis typing_report",
     # command lines, and the jobs that they start
     4: """cli compare convert doctor evaluate export launch mlflow_sync plan prepare pretrain run run_start shards typing""",
 }
