@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from sparselt_dist import checkpoint
@@ -49,6 +50,11 @@ class Finished:
         """Weights and moments of the newest checkpoint."""
         moments = checkpoint.TensorFiles.open(checkpoint.find(self.folder), "moments").read_all()
         return {**self.weights(), **moments}
+
+
+def slow(*values: object) -> Any:
+    """A case of a parametrised test that takes long and differs little from one that always runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def free_port() -> int:

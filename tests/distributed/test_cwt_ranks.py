@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Finished, free_port, rank_environment, run_ranks
+from runs import Finished, free_port, rank_environment, run_ranks, slow
 
 from sparselt_dist import checkpoint
 
@@ -52,7 +52,7 @@ def global_reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run_ranks(1, shards, tmp_path_factory.mktemp("global"), *CWT, "train.micro_batch_size=8")
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [slow(0), slow(2), 3])
 def test_local_negatives_at_a_fixed_micro_batch(
     shards: Path, tmp_path: Path, local_reference: Finished, zero_stage: int
 ) -> None:
@@ -69,7 +69,7 @@ def test_local_negatives_are_not_global_ones(local_reference: Finished, global_r
     assert theirs[0]["train/loss"] - ours[0]["train/loss"] == pytest.approx(0.693, abs=0.1)  # log 2
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [(2, 0), (4, 1), (2, 3)])
+@pytest.mark.parametrize(("ranks", "zero_stage"), [slow(2, 0), slow(4, 1), (2, 3)])
 def test_global_negatives_over_ranks_equal_one_rank(
     shards: Path, tmp_path: Path, global_reference: Finished, ranks: int, zero_stage: int
 ) -> None:
@@ -79,7 +79,7 @@ def test_global_negatives_over_ranks_equal_one_rank(
     assert_equal_runs(split, global_reference)
 
 
-@pytest.mark.parametrize("objective", ["mlm", "cwt"])
+@pytest.mark.parametrize("objective", [slow("mlm"), slow("cwt")])
 def test_chunked_cross_entropy_under_zero_3(shards: Path, tmp_path: Path, objective: str) -> None:
     settings = [f"objective.name={objective}", "budget.max_steps=3"]
     settings += ["objective.cross_entropy_weight=0.5", "objective.negatives=global"] if objective == "cwt" else []
@@ -91,7 +91,7 @@ def test_chunked_cross_entropy_under_zero_3(shards: Path, tmp_path: Path, object
     assert_equal_runs(chunked, full)
 
 
-@pytest.mark.parametrize(("zero_stage", "resume_from"), [(1, 1), (3, 3)])
+@pytest.mark.parametrize(("zero_stage", "resume_from"), [slow(1, 1), (3, 3)])
 def test_recovery_is_the_same_on_two_ranks_and_after_a_resume(
     shards: Path, tmp_path: Path, zero_stage: int, resume_from: int
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Finished, run_ranks
+from runs import Finished, run_ranks, slow
 
 from sparselt_dist import checkpoint
 
@@ -53,7 +53,7 @@ def summed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run_ranks(1, shards, tmp_path_factory.mktemp("summed"), *SUM, "train.micro_batch_size=8")
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch_size", "zero_stage"), [(1, 2, 0), (2, 2, 1), (2, 4, 3)])
+@pytest.mark.parametrize(("ranks", "micro_batch_size", "zero_stage"), [slow(1, 2, 0), slow(2, 2, 1), (2, 4, 3)])
 def test_a_sum_of_parts_does_not_depend_on_the_split(
     shards: Path, tmp_path: Path, summed: Finished, ranks: int, micro_batch_size: int, zero_stage: int
 ) -> None:

@@ -61,6 +61,18 @@ def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: 
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=2e-6)
 
 
+@pytest.mark.slow
+def test_one_run_on_one_then_four_then_two_ranks_draws_what_one_rank_draws(shards: Path, tmp_path: Path) -> None:
+    plain = ("checkpoint.every_steps=2", "train.micro_batch_size=1", "data.num_workers=1")
+    straight = run_ranks(1, shards, tmp_path / "straight", *plain, "budget.max_steps=6")
+    for ranks, steps in ((1, 2), (4, 4), (2, 6)):
+        elastic = run_ranks(ranks, shards, tmp_path / "elastic", *plain, f"budget.max_steps={steps}")
+        assert elastic.code == 0, elastic.output
+    assert [line["step"] for line in elastic.journal] == [1, 2, 3, 4, 5, 6]
+    digests = [line["batch_digest"] for line in elastic.journal]
+    assert digests == [line["batch_digest"] for line in straight.journal]
+
+
 def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> None:
     straight = run_ranks(1, shards, tmp_path / "straight", *RUN)
     damaged = straight.folder / "checkpoints" / checkpoint.folder_name(6) / "weights-00000.safetensors"
