@@ -164,8 +164,8 @@ class ShardFiles(Generic[Opened]):
         _check_size(path, entry)
         if self._access.verify_checksums and (found := _sha256(path)) != entry.sha256:
             raise DataError(
-                f"{path}: changed: found sha256 {found[:12]}…, expected {entry.sha256[:12]}…; restore the file, prepare "
-                "the folder again, or set data.on_bad_shard=skip"
+                f"{path}: changed: found sha256 {found[:12]}…, expected {entry.sha256[:12]}…, so its ids may lie outside "
+                "the vocabulary; restore the file, prepare the folder again, or set data.on_bad_shard=skip"
             )
         return path
 
