@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Finished, run_ranks
+from runs import Finished, run_ranks, slow
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +22,7 @@ def reference(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
 
 @pytest.mark.parametrize(
     ("ranks", "micro_batch_size", "zero_stage"),
-    [(1, 2, 0), (2, 1, 0), (2, 4, 1), (2, 2, 3), (4, 1, 2)],
+    [slow(1, 2, 0), slow(2, 1, 0), (2, 4, 1), (2, 2, 3), (4, 1, 2)],
 )
 def test_same_losses_weights_and_samples(
     shards: Path, tmp_path: Path, reference: Finished, ranks: int, micro_batch_size: int, zero_stage: int

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from main_job import journal_steps, main_job_arguments, summary
+from runs import slow
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -115,7 +116,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         launch.process.wait(timeout=30)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, slow(signal.SIGUSR1)])
 def test_a_signal_to_the_command_reaches_every_rank_and_75_returns(start: Start, number: signal.Signals) -> None:
     launch = start("--num_gpus", "2", "-m", "rank_program")
     pids = {launch.note(rank)["pid"] for rank in (0, 1)}
@@ -134,7 +135,7 @@ def test_a_signal_before_the_ranks_exist_is_kept_for_them(start: Start) -> None:
     assert all("SIGUSR1" in launch.note(rank)["signals"] for rank in (0, 1))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [slow(signal.SIGTERM), signal.SIGUSR1])
 def test_a_signal_to_the_ranks_process_group_gives_75(start: Start, number: signal.Signals) -> None:
     launch = start("--num_gpus", "2", "-m", "rank_program")
     pid = int(str(launch.note(0)["pid"]))
@@ -158,7 +159,7 @@ def test_a_killed_rank_is_a_failure(start: Start) -> None:
     assert launch.end() not in (0, 75)
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("ranks", [slow(1), 8])
 def test_any_number_of_cpu_ranks_starts(start: Start, ranks: int) -> None:
     launch = start(f"--num_gpus={ranks}", "--module", "rank_program", "0=0", "--flag", "-m", DS_ACCELERATOR="cpu")
     assert launch.end() == 0

@@ -1,5 +1,6 @@
 """Shard folders and raw text at a web server that misbehaves and at a real S3 server, read as if they were local."""
 
+import uuid
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -134,12 +135,13 @@ def test_a_remote_folder_is_verified(server: FaultyServer, tmp_path: Path) -> No
 def test_folders_and_patterns_at_an_s3_server(
     s3_process: S3Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = s3_process.client()
+    client, name = s3_process.client(), f"shards-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=name)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        client.upload_file(str(path), s3_process.private, str(path.relative_to(folder)))
-    for name, value in s3_process.environment().items():
-        monkeypatch.setenv(name, value)
-    bucket = f"s3://{s3_process.private}"
+        client.upload_file(str(path), name, str(path.relative_to(folder)))
+    for variable, value in s3_process.environment().items():
+        monkeypatch.setenv(variable, value)
+    bucket = f"s3://{name}"
     for where in ("train", "raw", "train/shard-*.tar", "{train,train}/shard-00000[0-9].tar"):
         remote = digests(open_s3(f"{bucket}/{where}", folder, tmp_path), workers=1)
         assert remote == digests(open_s3(str(folder / where), folder, tmp_path)), where
