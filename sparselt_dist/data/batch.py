@@ -1,4 +1,4 @@
-"""Examples, batches and the randomness of collators.
+"""Examples and batches.
 
 A *batch* is a plain dict of CPU tensors (B rows, L positions):
 
@@ -11,9 +11,6 @@ A *batch* is a plain dict of CPU tensors (B rows, L positions):
 | `original_ids` | [B, L] int64 | optional; ids before corruption |
 | `segment_ids`, `position_ids` | [B, L] int64 | optional, packed rows: document number (0 = pad), position in it |
 | `<objective>/<key>` | documented there | private to one objective |
-
-Randomness is counter-based: a draw is a pure function of (example seed, purpose, position). No generator
-is kept anywhere, so masks survive a resume and any change of ranks, workers or micro-batch size.
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
-
-from sparselt_dist.data.randomness import mix64, purpose_key, random_bits, random_uniform  # noqa: F401
 
 IGNORE_INDEX = -100
 

@@ -142,7 +142,7 @@ class RawText:
             for name, index in zip(names, self._indexes, strict=True)
         )
 
-    def _open(self, path: Path, shard: int) -> _OpenText:
+    def _open(self, path: Path, shard: int, room: int) -> _OpenText:
         return _OpenText(path, self._indexes[shard], self._rules.text_key, self._piece_bytes)
 
     def _bytes_per_token(self) -> float:

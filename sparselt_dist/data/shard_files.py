@@ -63,7 +63,8 @@ class ShardFiles(Generic[Opened]):
 
     Args:
         location: folder or URL prefix that the entries' names are relative to.
-        open_shard: makes an opened shard of a local path and the shard's number; raises DataError.
+        open_shard: makes an opened shard of a local path, the shard's number and the bytes it may hold in memory;
+            raises DataError.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class ShardFiles(Generic[Opened]):
         location: str,
         entries: Sequence[ShardEntry],
         access: Access,
-        open_shard: Callable[[Path, int], Opened],
+        open_shard: Callable[[Path, int, int], Opened],
     ) -> None:
         self.location = location
         self.entries = tuple(entries)
@@ -81,6 +82,7 @@ class ShardFiles(Generic[Opened]):
         self._opened: dict[int, Opened] = {}
         self._held_bytes = 0
         self._bad: dict[int, str] = {}
+        self._verified: set[int] = set()
         self._complaints: list[str] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ class ShardFiles(Generic[Opened]):
             return None
         self._opened[shard] = opened
         self._held_bytes += opened.held_bytes
-        while len(self._opened) > OPEN_SHARDS or (self._held_bytes > HELD_BYTES and len(self._opened) > 1):
+        if len(self._opened) > OPEN_SHARDS:
             closed = self._opened.pop(next(iter(self._opened)))
             self._held_bytes -= closed.held_bytes
             closed.close()
@@ -145,7 +147,8 @@ class ShardFiles(Generic[Opened]):
         for _ in range(_OPENINGS):
             path = self._fetched(shard)
             try:
-                return self._open_shard(path, shard)
+                # A window larger than memory's share is read from its files: closing shards in use would read them again.
+                return self._open_shard(path, shard, HELD_BYTES - self._held_bytes)
             except (DataError, FileNotFoundError):
                 if self._cache is None or path.exists():
                     raise
@@ -162,11 +165,14 @@ class ShardFiles(Generic[Opened]):
             )
         path = Path(self.url(shard))
         _check_size(path, entry)
-        if self._access.verify_checksums and (found := _sha256(path)) != entry.sha256:
+        if shard in self._verified or not self._access.verify_checksums:
+            return path
+        if (found := _sha256(path)) != entry.sha256:
             raise DataError(
                 f"{path}: changed: found sha256 {found[:12]}…, expected {entry.sha256[:12]}…, so its ids may lie outside "
                 "the vocabulary; restore the file, prepare the folder again, or set data.on_bad_shard=skip"
             )
+        self._verified.add(shard)
         return path
 
 

@@ -46,8 +46,8 @@ class Stored(NamedTuple):
 class _OpenShard:
     """Where the samples of one shard lie in its file."""
 
-    def __init__(self, path: Path, members: Sequence[Member], manifest: Manifest) -> None:
-        self._file = OpenFile(path, HELD_SHARD_BYTES)
+    def __init__(self, path: Path, members: Sequence[Member], manifest: Manifest, keep_bytes: int) -> None:
+        self._file = OpenFile(path, keep_bytes)
         self.held_bytes = self._file.held_bytes
         self.close = self._file.close
         itemsize = np.dtype(manifest.dtype).itemsize
@@ -143,8 +143,9 @@ class ShardFolder:
         url = join(self.location, MANIFEST)
         return parse_manifest(read_bytes(url, self._access.retry), url)
 
-    def _open(self, path: Path, shard: int) -> _OpenShard:
-        opened = _OpenShard(path, read_index(path, self.manifest.kind), self.manifest)
+    def _open(self, path: Path, shard: int, room: int) -> _OpenShard:
+        members = read_index(path, self.manifest.kind)
+        opened = _OpenShard(path, members, self.manifest, min(room, HELD_SHARD_BYTES))
         found, expected = len(opened.starts), self.shards[shard].samples
         if found != expected:
             opened.close()

@@ -11,8 +11,10 @@ import torch
 from corpus_files import number_of, numbered_rows, save_tokenizer, texts, tokenizer, write_folder, write_text_tar
 
 from sparselt_dist.config import Config, CorpusSection, DataSection, PrepareSection
+from sparselt_dist.data import shard_files
 from sparselt_dist.data.corpora import Corpora, open_corpora, open_folder
 from sparselt_dist.data.loader import Loader, MicroBatch
+from sparselt_dist.data.manifest import file_sha256
 from sparselt_dist.data.text_index import around, boundary, cut
 from sparselt_dist.data.verification import verify
 from sparselt_dist.errors import DataError
@@ -297,3 +299,18 @@ def test_raw_text_mixes_with_shards_of_the_same_tokenizer(tmp_path: Path) -> Non
     made = batches(corpora, 5, micro=4, row_length=16)
     assert sum(len(each.batch["input_ids"]) for each in made) >= 20
     assert corpora.mean_length == pytest.approx(16, abs=6)
+
+
+def test_a_window_larger_than_memory_and_open_files_is_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path, numbered_rows(40))
+    size = (folder / "shard-000000.tar").stat().st_size
+    monkeypatch.setattr(shard_files, "HELD_BYTES", size)  # one shard of four is held in memory
+    monkeypatch.setattr(shard_files, "OPEN_SHARDS", 2)
+    hashed: list[Path] = []
+    monkeypatch.setattr(shard_files, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    corpora = open_folder(folder)
+    for _ in range(3):
+        assert [number_of(corpora.ids(np.array([number]))[0]) for number in range(40)] == list(range(40))
+    assert len(hashed) == 4
