@@ -51,6 +51,7 @@ def test_a_mixture_from_a_failing_server_gives_the_same_steps_on_two_ranks(shard
     assert asked == 1  # by two ranks, each with a loader process
 
 
+@pytest.mark.slow
 def test_bad_shards_stop_all_ranks_with_one_message_or_are_counted(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "train"
     shutil.copytree(shards / "train", folder)
