@@ -20,7 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ class ShardCache:
         partial = copy.with_name(_PARTIAL + copy.name)
         retry = self._retry
         while not _is_whole(copy, expected_bytes):
-            with _locked(partial, wait=keep is None) as lock:
+            with self._claimed(partial, wait=keep is None) as lock:
                 if not _is_at(lock, partial):  # another committed, gave up or failed
                     failed = os.fstat(lock).st_nlink == 0 and os.pread(lock, len(_FAILED) + 1, 0) == _FAILED
                     retry = replace(self._retry, attempts=1) if failed else self._retry
@@ -156,6 +156,14 @@ class ShardCache:
                     partial.unlink()
                 else:
                     self._bring_locked(wanted, copy, partial, lock, retry, keep)
+
+    @contextmanager
+    def _claimed(self, partial: Path, *, wait: bool) -> Iterator[int]:
+        """Hold the lock of a download; one that does not wait is not turned away by a look for dead downloads."""
+        with ExitStack() as held:
+            with nullcontext() if wait else _locked(self._space_lock()):  # held by whoever looks
+                lock = held.enter_context(_locked(partial, wait=wait))
+            yield lock
 
     def _bring_locked(
         self,

@@ -214,6 +214,20 @@ def test_prefetched_objects_are_there_and_do_not_displace_each_other(server: Fau
     assert taken(tmp_path) <= 250_000
 
 
+def test_a_look_for_dead_downloads_does_not_turn_a_prefetch_away(server: FaultyServer, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, 250_000, RETRY)
+    (wanted,) = many_objects(server, 1, 1000)
+    name = fetch(cache, wanted).name
+    (tmp_path / name).unlink()
+    with contextlib.ExitStack() as looking:
+        for path in (tmp_path / "space.lock", tmp_path / f"partial-{name}"):
+            fcntl.flock(looking.enter_context(path.open("w")), fcntl.LOCK_EX)
+        cache.prefetch([wanted])
+        time.sleep(0.2)
+    wait_until(lambda: not prefetching())
+    assert (tmp_path / name).exists()
+
+
 def test_a_failure_ahead_of_time_is_none(server: FaultyServer, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 1_000_000, RETRY)
     url = server.plan(PATH, *[Reply(status=500)] * 3).replace(PATH, URL_PATH)

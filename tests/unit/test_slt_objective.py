@@ -339,7 +339,7 @@ def test_longer_padding_changes_no_term_in_evaluation() -> None:
         for key, value in _batch(examples[:1]).items()
         if key not in ("slt/targets", PREDICTED_KEY)  # places in rows of the old length
     }
-    assert _terms(module, backbone, padded) == pytest.approx(alone[0], rel=1e-5)
+    assert _terms(module, backbone, padded) == pytest.approx(alone[0], rel=5e-5)  # sums in another order
 
 
 def test_packed_documents_do_not_see_each_other() -> None:
