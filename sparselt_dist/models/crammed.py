@@ -4,6 +4,7 @@ A pre-norm encoder without biases (they exist only in the norms): scaled sinusoi
 embedding, gated GELU whose inner width is *not* widened, a final norm, and a head that is nothing but the tied
 word embedding. Invariants:
 
+* the head is tied to the table unless `tie_word_embeddings` is false;
 * id 0 is padding: its row of the table gets no gradient from the look-up, yet it starts non-zero and the tied
   head trains it, as in the official code;
 * the rows of the fused projection are grouped head by head, in each head query, key, value: the official order;
@@ -41,6 +42,7 @@ from transformers.utils import can_return_tuple
 MODEL_TYPE = "crammed-bert"
 IGNORE_INDEX = -100
 MASKED_SCORE = -10000.0  # added to the scores of hidden keys; the official value, finite in half precision
+LONGEST_PRODUCT_ROW = 512  # beyond it attention by products moves more memory than it saves
 _Value = TypeVar("_Value")
 
 
@@ -49,6 +51,7 @@ class CrammedBertConfig(PretrainedConfig):  # type: ignore[misc]
 
     `intermediate_size` is the projection before gating (3072 gives an inner width of 1536). `pooler` is of sequence
     classification: "zero_index" takes the first position, "avg" the mean over all, padding included, as officially.
+    `decoder_bias` gives the head a bias, as the export of a recovered head needs.
     """
 
     model_type = MODEL_TYPE
@@ -68,6 +71,7 @@ class CrammedBertConfig(PretrainedConfig):  # type: ignore[misc]
     classifier_hidden_size: int = 1024
     pooler: Literal["zero_index", "avg"] = "zero_index"
     tie_word_embeddings: bool = True
+    decoder_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Every Auto class finds its class in the copied file, whichever of them was saved.
@@ -106,8 +110,6 @@ def check_config(config: CrammedBertConfig) -> None:
         )
     if config.pooler not in ("zero_index", "avg"):
         faults.append(f"pooler is {config.pooler!r}, expected 'zero_index' or 'avg'")
-    if not config.tie_word_embeddings:
-        faults.append("tie_word_embeddings is false, expected true: the head has no weights of its own")
     if faults:
         raise ValueError("crammed-bert: " + "; ".join(faults))
 
@@ -164,6 +166,41 @@ class CrammedBertEmbeddings(nn.Module):
         return hidden_BTD
 
 
+def attend(query_BHTE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """softmax(Q K^T / sqrt(E) + bias) V: [B, H, T, E] with E the width of a head.
+
+    On a CPU in bfloat16 the fused kernel's backward pass takes several times as long as its forward pass; for short rows two
+    batched products with a float32 softmax between them are faster, at the price of holding the weights [B, H, T, T].
+
+    Args:
+        bias: added to the scores, broadcastable to [B, H, T, T]; None adds nothing.
+        dropout: probability that a weight is dropped; 0 outside of training.
+    """
+    if _products_are_faster(query_BHTE):
+        return attend_by_products(query_BHTE, key_BHTE, value_BHTE, bias, dropout)
+    return F.scaled_dot_product_attention(query_BHTE, key_BHTE, value_BHTE, attn_mask=bias, dropout_p=dropout)
+
+
+def _products_are_faster(query_BHTE: Tensor) -> bool:
+    if query_BHTE.device.type != "cpu" or query_BHTE.shape[-2] > LONGEST_PRODUCT_ROW:
+        return False
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query_BHTE.dtype
+    return dtype == torch.bfloat16
+
+
+def attend_by_products(
+    query_BHTE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, bias: Tensor | None, dropout: float
+) -> Tensor:
+    """As `attend`, by two batched products; the softmax is in float32 at least."""
+    scores_BHTT = torch.matmul(query_BHTE, key_BHTE.transpose(-1, -2)) * query_BHTE.shape[-1] ** -0.5
+    scores_BHTT = scores_BHTT.to(torch.promote_types(scores_BHTT.dtype, torch.float32))
+    if bias is not None:
+        scores_BHTT = scores_BHTT + bias
+    weights_BHTT = scores_BHTT.softmax(dim=-1).to(value_BHTE.dtype)
+    mixed_BHTE: Tensor = torch.matmul(F.dropout(weights_BHTT, dropout, training=dropout > 0), value_BHTE)
+    return mixed_BHTE
+
+
 class CrammedBertAttention(nn.Module):
     """Softmax attention over one fused projection; no position term."""
 
@@ -179,9 +216,7 @@ class CrammedBertAttention(nn.Module):
         rows, length, width = hidden_BTD.shape
         fused = self.qkv(hidden_BTD).view(rows, length, self.num_heads, 3, width // self.num_heads)
         query, key, value = fused.permute(3, 0, 2, 1, 4).unbind(0)  # each [B, H, T, D/H]
-        context = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
-        )
+        context = attend(query, key, value, bias, self.dropout if self.training else 0.0)
         mixed_BTD: Tensor = self.output(context.transpose(1, 2).reshape(rows, length, width))
         return mixed_BTD
 
@@ -303,14 +338,15 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
 
 
 class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
-    """The encoder with the word embedding as its head: no transform, no bias."""
+    """The encoder with the word embedding as its head, or a table of its own: no transform, and no bias unless
+    `decoder_bias` asks for one."""
 
     _tied_weights_keys = {"decoder.weight": "encoder.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__(config)
         self.encoder = CrammedBertModel(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
