@@ -101,16 +101,23 @@ class Budget:
     max_steps: int | None
     max_tokens: int | None
     max_seconds: float | None
+    prelude_seconds: float = 0.0
+    """What went before the first step. It counts against `max_seconds`; schedules run on what it left."""
 
     @classmethod
-    def from_section(cls, section: BudgetSection) -> Budget:
+    def from_section(cls, section: BudgetSection, prelude_seconds: float = 0.0) -> Budget:
         seconds = None if section.max_hours is None else section.max_hours * 3600
-        return cls(section.max_steps, section.max_tokens, seconds)
+        return cls(section.max_steps, section.max_tokens, seconds, prelude_seconds)
 
     def fraction(self, *, steps: int, tokens: int, seconds: float) -> float:
-        """Spent share in [0, 1] of the limit that is spent furthest."""
-        pairs = ((steps, self.max_steps), (tokens, self.max_tokens), (seconds, self.max_seconds))
-        return min(max((spent / limit for spent, limit in pairs if limit), default=0.0), 1.0)
+        """Spent share in [0, 1] of the limit that is spent furthest; `seconds` with those of the prelude."""
+        pairs: list[tuple[float, float]] = [
+            (spent, limit) for spent, limit in ((steps, self.max_steps), (tokens, self.max_tokens)) if limit
+        ]
+        if self.max_seconds is not None:
+            pairs.append((seconds - self.prelude_seconds, self.max_seconds - self.prelude_seconds))
+        shares = (spent / limit if limit > 0 else 1.0 for spent, limit in pairs)
+        return min(max(shares, default=0.0), 1.0)
 
     def spent(self, *, steps: int, tokens: int, seconds: float, next_step_seconds: float = 0.0) -> bool:
         """Whether the run must end: a limit is reached, or the next step would end past the deadline."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from sparselt_dist.errors import SparseltError
 
 EXIT_DONE = 0
+EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # the shell's code for SIGINT
 
@@ -82,6 +87,25 @@ def run_command(function: Callable[[], int]) -> int:
         return EXIT_DONE
 
 
+def leave(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end the process with its code, without tearing the interpreter down.
+
+    A thread of gloo drops the tensors of a finished collective only after it has woken whoever waited for it, and
+    needs the interpreter for that. Met by the teardown, it aborts the process (SIGABRT), whatever its exit code was to
+    be. Leaving the process group would not end these threads: DeepSpeed holds references to its groups.
+    """
+    try:
+        code = command()
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # as the interpreter would
+        code = EXIT_CRASH
+    atexit._run_exitfuncs()  # ends loader processes, flushes logs
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
+            stream.flush()
+    os._exit(code)
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{text}" for name, text in COMMANDS.items()]
@@ -115,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: found command {name!r}, expected one of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     module = importlib.import_module(f"sparselt_dist.{name.replace('-', '_')}")
+    if name == "pretrain" and argv is None:
+        leave(lambda: module.main(rest))
     code: int = module.main(rest)
     return code
 

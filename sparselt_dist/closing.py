@@ -17,6 +17,7 @@ def closing_text(summary: dict[str, Any], run_dir: Path, times: dict[str, float]
         f"{format_duration(summary['seconds'])} of training on {summary['world_size']} rank(s); "
         f"peak memory {summary['peak_memory_gib']:.2f} GiB over all ranks",
         *_learned(summary),
+        *_prelude(summary),
         _ledger(times),
         f"  run folder   {run_dir} (metrics.jsonl, checkpoints/, summary.json)",
     ]
@@ -50,6 +51,14 @@ def _learned(summary: dict[str, Any]) -> list[str]:
             f"(by chance {100 * summary['yardstick/majority_accuracy']:.1f} %)"
         )
     return lines
+
+
+def _prelude(summary: dict[str, Any]) -> list[str]:
+    """How the budget was split between what the objective did before the first step and training."""
+    if "prelude_seconds" not in summary:
+        return []
+    before, training = (format_duration(summary[key]) for key in ("prelude_seconds", "training_seconds"))
+    return [f"  budget       {before} before the first step, {training} of training after it"]
 
 
 def _ledger(times: dict[str, float]) -> str:

@@ -90,6 +90,13 @@ class PrepareSection(Section):
     )
     samples_per_shard: int = Field(8192, ge=1, description="rows or documents a shard")
     validation_fraction: float = Field(0.0, ge=0, lt=1, description="share of documents held out, by hash of the text")
+    agreements: Literal["none", "strict", "parser"] = Field(
+        "none",
+        description="store agreement pairs for objective dac with the training shards; strict: found by rules; "
+        "parser: by a trained parser, which cramming's rules exclude",
+    )
+    agreement_words: int = Field(20_000_000, ge=1, description="text that pairs are taken from, words")
+    agreement_parser: str = Field("en_core_web_sm", description="English spaCy model of the parser track")
     num_workers: int | None = Field(None, ge=1, description="tokenizer processes; default: the cores of the machine")
 
 

@@ -58,12 +58,15 @@ def prune_inherited_fields(merged: Merged) -> None:
             merged.drop(path)
 
 
-def check_model(config: Config, merged: Merged, faults: Faults) -> None:
-    """The architecture exists, and each key of `model.config` is a field of its configuration class."""
+def check_model(config: Config, merged: Merged, faults: Faults, *, for_training: bool = True) -> None:
+    """The architecture exists, each key of `model.config` is a field of its configuration class, and the checkpoint that
+    training starts from is there."""
     start = config.model.init_from
-    if start is not None and not (Path(start) / "config.json").is_file():
+    if for_training and start is not None and not (Path(start) / "config.json").is_file():
         expected = "a local checkpoint folder with config.json"
-        faults.add(merged.source("model.init_from"), "model.init_from", show(start), expected, "check the path")
+        faults.add(
+            merged.source("model.init_from"), "model.init_from", show(start), expected, "set model.init_from=FOLDER"
+        )
     if config.model.init_objective and start is None:
         expected = "false, or a checkpoint in model.init_from"
         faults.add(merged.source("model.init_objective"), "model.init_objective", "true", expected)

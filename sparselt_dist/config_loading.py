@@ -80,7 +80,7 @@ def load_config(
     _prune_inherited_objective_keys(merged)
     _prune_inherited_warmup(merged)
     config = _validate(merged, faults)
-    check_model(config, merged, faults)
+    check_model(config, merged, faults, for_training=for_training)
     _check_objective(config, merged, faults)
     check_contradictions(config, merged, faults, for_training=for_training and complete)
     faults.raise_if_any()

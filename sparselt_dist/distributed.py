@@ -121,7 +121,7 @@ def initialise(ranks: Ranks) -> torch.device:
 
 
 def shut_down() -> None:
-    """Leave the process group together."""
+    """Leave the process group together. Threads of groups that DeepSpeed holds live on: see `cli.leave`."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -147,6 +147,14 @@ def reduce_min(values: torch.Tensor) -> torch.Tensor:
     import torch.distributed as dist
 
     dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
+def broadcast(values: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values on all ranks, in place."""
+    import torch.distributed as dist
+
+    dist.broadcast(values, src=0)
     return values
 
 

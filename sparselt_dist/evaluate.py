@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 TASKS = {
     "heldout": "loss and terms of the checkpoint's objective on held-out rows; of an exported model, its masked tokens",
     "yardsticks": "masked tokens through a recovered head, and the replaced-token probe: comparable over objectives",
+    "last-word": "of causal models: the last word of passages, as in LAMBADA; from --last-word, else cut from held-out text",
 }
+_USUAL = ("heldout", "yardsticks")
 
 _DESCRIPTION = """\
 A run's checkpoint (or the newest of a run folder) or an exported model on named tasks. Writes results.json into the
@@ -35,7 +37,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", metavar="SHARDS", help="training shards; none: those of the run")
     parser.add_argument("--validation", metavar="SHARDS", help="held-out shards; none: those of the run")
-    parser.add_argument("--tasks", default=",".join(TASKS), metavar="NAME[,NAME]", help="what to measure")
+    parser.add_argument("--tasks", metavar="NAME[,NAME]", help=f"what to measure; none: {','.join(_USUAL)}")
+    parser.add_argument(
+        "--last-word", type=Path, metavar="FILE", help="passages, one a line or .jsonl with text, for task last-word"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="results file; none: results.json as told above")
     parser.add_argument(
         "--mlflow-uri", metavar="URI", help="store to log to; none: the one the run was logged to, if any"
@@ -49,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run_command(lambda: _run(args))
 
 
-def parse_tasks(text: str) -> list[str]:
-    """Task names from `NAME,NAME`, each once.
+def parse_tasks(text: str, passages: Path | None = None) -> list[str]:
+    """Task names from `NAME,NAME`, each once, and last-word where there are passages for it.
 
     Raises:
         ConfigError: an unknown name; the nearest is named.
@@ -58,6 +63,8 @@ def parse_tasks(text: str) -> list[str]:
     from sparselt_dist.config_layers import nearest
 
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if passages is not None and "last-word" not in names:
+        names.append("last-word")
     for name in names:
         if name not in TASKS:
             near = nearest(name, TASKS)
@@ -69,7 +76,9 @@ def parse_tasks(text: str) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    names = parse_tasks(args.tasks)
+    names = parse_tasks(
+        args.tasks if args.tasks is not None else ",".join(() if args.last_word else _USUAL), args.last_word
+    )
     import torch
 
     from sparselt_dist.evaluation.tasks import open_shards, open_subject, run_tasks
@@ -77,7 +86,8 @@ def _run(args: argparse.Namespace) -> int:
     started = time.time()
     subject = open_subject(args.model)
     output = args.output or (subject.run_dir or subject.folder) / "results.json"
-    shards = open_shards(subject, args.data, args.validation)
+    needed = args.last_word is None or names != ["last-word"]
+    shards = open_shards(subject, args.data, args.validation, args.last_word, needed=needed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     metrics = run_tasks(subject, shards, names, device)
     print(_table(metrics))
@@ -100,8 +110,9 @@ def _results(
         "step": subject.step,
         "tasks": names,
         "data": None if shards.train is None else shards.train.name,
-        "validation": shards.validation.name,
-        "validation_manifest_sha256": shards.validation.manifest.sha256,
+        "validation": None if shards.held_out is None else shards.held_out.name,
+        "validation_manifest_sha256": None if shards.held_out is None else shards.held_out.manifest.sha256,
+        "last_word": None if shards.passages is None else str(shards.passages),
         "seconds": round(seconds, 1),
         "time": time.time(),
         "metrics": metrics,
@@ -123,7 +134,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _log_to_mlflow(subject: Subject, metrics: dict[str, float], args: argparse.Namespace) -> None:
     """Add the points to the run's MLflow run, where the store lacks them. A store that is down only costs a warning.
 
-    Other held-out shards than the run's own are named in the metric, whose point at this step is the run's.
+    Other held-out text than the run's own is named in the metric, whose point at this step is the run's.
     """
     from sparselt_dist.follower import read_json, resolve_store_uri
 
@@ -132,8 +143,10 @@ def _log_to_mlflow(subject: Subject, metrics: dict[str, float], args: argparse.N
     uri = args.mlflow_uri or read_json(subject.run_dir / "mlflow.json").get("uri")
     if uri is None:
         return
-    suffix = "" if args.validation is None else f"/{Path(args.validation).name}"
-    line = {f"{name}{suffix}": value for name, value in metrics.items()} | {"step": subject.step, "time": time.time()}
+    shards = "" if args.validation is None else f"/{Path(args.validation).name}"
+    passages = shards if args.last_word is None else f"/{args.last_word.stem}"
+    named = {f"{name}{passages if name.startswith('last_word/') else shards}": metrics[name] for name in metrics}
+    line = named | {"step": subject.step, "time": time.time()}
     from sparselt_dist.mlflow_sink import MlflowSink
 
     sink = MlflowSink(subject.run_dir, resolve_store_uri(uri))

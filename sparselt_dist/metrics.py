@@ -28,7 +28,6 @@ __all__ = [
     "ConsoleProgress",
     "Journal",
     "TimeLedger",
-    "flops_per_token",
     "format_count",
     "format_duration",
     "peak_flops",
@@ -37,6 +36,7 @@ __all__ = [
 ]
 
 PHASES: Final = (
+    "prelude",
     "compile",
     "data",
     "forward",
@@ -224,25 +224,6 @@ class ConsoleProgress:
 
 
 # ---- arithmetic and memory -----------------------------------------------------------------------------------------
-
-
-def flops_per_token(
-    *,
-    num_backbone_parameters: int,
-    num_layers: int,
-    hidden_size: int,
-    mean_length: float,
-    targets_per_token: float,
-    vocab_size: int,
-) -> float:
-    """FLOPs of forward and backward per real token: 6 N + 12 L d (sum len^2 / sum len) + 6 p (d V + d^2).
-
-    `num_backbone_parameters` without embeddings and head; `mean_length` is sum len^2 / sum len over the documents;
-    `vocab_size` is 0 where the objective has no vocabulary head.
-    """
-    head = hidden_size * vocab_size + (hidden_size * hidden_size if vocab_size else 0)
-    attention = 12.0 * num_layers * hidden_size * mean_length
-    return 6.0 * num_backbone_parameters + attention + 6.0 * targets_per_token * head
 
 
 def peak_flops(device: str | torch.device, precision: str = "bf16") -> float:

@@ -18,8 +18,10 @@ def is_decayed(name: str, owner: nn.Module) -> bool:
     """Whether weight decay applies: not to biases, nor to anything of a normalisation layer.
 
     The rule of cramming (names with "bias" or "norm"), widened by the owner's class so that it also holds where
-    the layer is called `ln_1`.
+    the layer is called `ln_1`; and by what the owner lists in an attribute `undecayed`.
     """
+    if name.rpartition(".")[2] in getattr(owner, "undecayed", ()):
+        return False
     lowered = name.lower()
     return not ("bias" in lowered or "norm" in lowered or "norm" in type(owner).__name__.lower())
 

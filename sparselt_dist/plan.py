@@ -1,64 +1,80 @@
 """`plan`: what a run will need and cost, before it is queued. Every number comes with its assumption.
 
-python -m sparselt_dist.plan --config base --devices 32 --device a100
+python -m sparselt_dist.plan --config base --device a100 --nodes 4 --devices-per-node 8
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
+import math
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparselt_dist import cli
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import load_config, make_plan, objective_settings, resolve_deepspeed
-from sparselt_dist.metrics import flops_per_token, format_count, format_duration
+from sparselt_dist.device import Device, find_device, measured, shipped_devices
+from sparselt_dist.errors import ConfigError
+from sparselt_dist.objectives import get_objective
+from sparselt_dist.objectives.cost import Workload, declared_targets, flops_per_token
+from sparselt_dist.plan_report import Prediction, refusal, report
 from sparselt_dist.planning import (
-    GIB,
-    USABLE_SHARE,
-    Device,
-    Layout,
-    Memory,
+    Machine,
     ModelFacts,
-    Work,
+    SavedBytes,
     estimate_memory,
+    estimate_step,
+    estimate_traffic,
     estimate_work,
-    fitting_world_sizes,
+    formula_saved,
     layouts,
 )
 from sparselt_dist.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from sparselt_dist.data.manifest import Manifest
+    from sparselt_dist.models.backbone import PretrainingModel
     from sparselt_dist.objectives.base import TokenizerInfo
 
-# name: memory GiB, dense 16-bit TFLOP/s, fp32 (TF32) TFLOP/s, assumed utilisation, assumed price an hour
-_GPUS: dict[str, tuple[float, float, float, float, float]] = {
-    "a100": (80.0, 312.0, 156.0, 0.40, 1.80),
-    "h100": (80.0, 989.0, 494.0, 0.35, 3.00),
-    "rtx4090": (24.0, 165.0, 82.0, 0.40, 0.45),
-    "a6000": (48.0, 155.0, 77.0, 0.40, 0.80),
-}
-_CPU_UTILIZATION = 0.2
-_CPU_CORE_PRICE = 0.04
+_UNKNOWN_LENGTH = 512.0  # tokens, of documents that are not there yet
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of `plan`."""
     parser = cli.make_parser(
         "plan",
-        "Memory per rank by ZeRO stage, steps, tokens, FLOPs, hours and cost of a configuration, before it is queued.",
-        "sparselt plan --config base --devices 32 --device a100",
+        "Memory per rank by ZeRO stage, communication, steps, tokens, FLOPs, hours and cost of a configuration, before it "
+        "is queued. Exit code 2 if it cannot fit.",
+        "sparselt plan --config base --device a100 --nodes 4 --devices-per-node 8",
     )
     cli.add_config_arguments(parser)
-    parser.add_argument("--devices", type=_positive_int, default=1, metavar="N", help="ranks: GPUs, or CPU processes")
-    parser.add_argument("--device", choices=["cpu", *_GPUS], default="cpu", help="kind of device")
-    parser.add_argument("--price", type=float, default=None, metavar="P", help="price of a device hour, else assumed")
     parser.add_argument(
-        "--utilization", type=float, default=None, metavar="U", help="share of the peak reached, else assumed"
+        "--device",
+        default="cpu",
+        metavar="NAME_OR_FILE",
+        help=f"{', '.join(shipped_devices())}, or a YAML file like theirs",
+    )
+    parser.add_argument(
+        "--devices",
+        type=_positive_int,
+        metavar="N",
+        help="ranks in all: GPUs, or CPU processes (else what follows, or 1)",
+    )
+    parser.add_argument("--nodes", type=_positive_int, metavar="M", help="machines that they stand in")
+    parser.add_argument("--devices-per-node", type=_positive_int, metavar="K", help="devices a machine, else the usual")
+    parser.add_argument(
+        "--price-per-device-hour",
+        "--price",
+        type=_price,
+        dest="price",
+        metavar="P",
+        help="in any currency, else assumed",
+    )
+    parser.add_argument(
+        "--utilization", type=_share, metavar="U", help="share of the peak reached in (0, 1], else assumed"
     )
     return parser
 
@@ -66,30 +82,67 @@ def build_parser() -> argparse.ArgumentParser:
 def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError("expected a whole number >= 1")
+        raise argparse.ArgumentTypeError(f"found {text}, expected a whole number from 1")
     return value
 
 
-def _device(args: argparse.Namespace, config: Config) -> Device:
-    """The device asked for; a CPU rank gets its share of this host, whose peak is measured."""
-    if args.device == "cpu":
-        import psutil
+def _price(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a price from 0")
+    return value
 
-        from sparselt_dist.metrics import peak_flops
 
-        memory = psutil.virtual_memory().total / GIB / args.devices
-        cores = (os.cpu_count() or 1) / args.devices
-        peak = peak_flops("cpu", config.train.precision) / args.devices
-        device = Device("cpu", memory, peak, _CPU_UTILIZATION, _CPU_CORE_PRICE * cores, overhead_gib=1.2)
-    else:
-        memory, half, single, utilization, price = _GPUS[args.device]
-        peak = (single if config.train.precision == "fp32" else half) * 1e12
-        device = Device(args.device, memory, peak, utilization, price, overhead_gib=1.5)
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a share above 0 and up to 1")
+    return value
+
+
+def place(device: Device, devices: int | None, nodes: int | None, per_node: int | None) -> Machine:
+    """The devices of a run and how many stand in a node, from what was given of the three numbers.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    count = devices or (nodes or 1) * (per_node or (1 if nodes is None else device.devices_per_node))
+    if per_node is None:
+        alone = count if device.kind == "cpu" else device.devices_per_node
+        per_node = alone if nodes is None else math.ceil(count / nodes)
+    if nodes is not None and not (nodes - 1) * per_node < count <= nodes * per_node:
+        raise ConfigError(
+            f"--devices: found {count} on {nodes} nodes of {per_node}, expected {(nodes - 1) * per_node + 1} to "
+            f"{nodes * per_node}; give two of --devices, --nodes and --devices-per-node"
+        )
+    return Machine(device, count, per_node)
+
+
+def _machine(args: argparse.Namespace, config: Config) -> Machine:
+    """The machine asked for, every number of its device known."""
+    machine = place(find_device(args.device), args.devices, args.nodes, args.devices_per_node)
+    device = measured(machine.device, config.train.precision, min(machine.count, machine.per_node))
     if args.price is not None:
-        device = dataclasses.replace(device, price_per_hour=args.price)
+        device = device.model_copy(update={"price_per_hour": args.price})
     if args.utilization is not None:
-        device = dataclasses.replace(device, utilization=args.utilization)
-    return device
+        device = device.model_copy(update={"utilization": {config.train.precision: args.utilization}})
+    known_peak(device, config)
+    return Machine(device, machine.count, machine.per_node)
+
+
+def known_peak(device: Device, config: Config) -> float:
+    """TFLOP/s of the device in the run's precision.
+
+    Raises:
+        ConfigError: its description says nothing of it.
+    """
+    precision, peaks = config.train.precision, device.peak_tflops or {}
+    if precision not in peaks:
+        raise ConfigError(
+            f"--device {device.name}: peak_tflops has {', '.join(peaks)}, expected {precision} (train.precision); add it to "
+            "the description"
+        )
+    return peaks[precision]
 
 
 def _manifest(config: Config) -> Manifest | None:
@@ -125,8 +178,8 @@ def _tokenizer(config: Config, manifest: Manifest | None) -> TokenizerInfo:
     )
 
 
-def model_facts(config: Config, tokenizer: TokenizerInfo) -> ModelFacts:
-    """Exact sizes of the model, built without memory on torch's meta device."""
+def sized_model(config: Config, tokenizer: TokenizerInfo) -> PretrainingModel:
+    """The model of a configuration without memory, on torch's meta device: its exact sizes."""
     import torch
 
     from sparselt_dist.models.assembly import build_model
@@ -137,128 +190,103 @@ def model_facts(config: Config, tokenizer: TokenizerInfo) -> ModelFacts:
         )
         config = config.model_copy(update={"model": section})
     with torch.device("meta"):
-        model = build_model(config, tokenizer)
-    backbone = model.backbone
-    embeddings = sum(p.numel() for p in backbone.get_input_embeddings().parameters())
-    probability = getattr(objective_settings(config), "mlm_probability", 1.0)
-    return ModelFacts(
-        parameters=sum(p.numel() for p in model.parameters()),
-        backbone_parameters=max(sum(p.numel() for p in backbone.parameters()) - embeddings, 0),
-        num_layers=int(backbone.config.num_hidden_layers),
-        hidden_size=int(backbone.config.hidden_size),
-        vocab_size=int(backbone.config.vocab_size) if backbone.has_head else 0,
-        targets_per_token=1.0 if backbone.is_causal else float(probability),
+        return build_model(config, tokenizer)
+
+
+def _workload(config: Config, plan: RunPlan, model: PretrainingModel, length: float, world_size: int) -> Workload:
+    from sparselt_dist.models.workload import workload
+
+    return workload(
+        model.backbone,
+        mean_length=length,
+        targets_per_token=declared_targets(objective_settings(config), is_causal=model.backbone.is_causal),
+        micro_batch_size=plan.micro_batch_size,
+        world_size=world_size,
+        accumulation_steps=plan.accumulation_steps,
     )
+
+
+def _model_facts(config: Config, model: PretrainingModel, work: Workload, flops: float, *, on_cpu: bool) -> ModelFacts:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    saved = _saved(config, model, work, on_cpu=on_cpu)
+    # an objective that computes more than one pass and one head keeps more in the same proportion
+    saved = replace(saved, per_row=saved.per_row * max(flops / work.usual, 1.0))
+    return ModelFacts(
+        parameters=parameters,
+        backbone_parameters=work.body_parameters,
+        num_layers=work.num_layers,
+        hidden_size=work.hidden_size,
+        vocab_size=work.vocab_size if work.has_head else 0,
+        targets_per_token=work.targets_per_token,
+        chunked_loss=getattr(objective_settings(config), "cross_entropy", "full") == "chunked",
+        saved=saved,
+    )
+
+
+def _saved(config: Config, model: PretrainingModel, work: Workload, *, on_cpu: bool) -> SavedBytes:
+    from sparselt_dist.models.footprint import trace_saved
+
+    precision, length = config.train.precision, math.ceil(work.mean_length)
+    try:
+        return trace_saved(model.backbone, length=length, precision=precision, on_cpu=on_cpu)
+    except Exception:  # code of any architecture, on tensors without values
+        sizes = (work.body_parameters, work.num_layers, work.hidden_size, work.inner_size)
+        return formula_saved(sizes, precision, length)
 
 
 def _mean_length(config: Config, manifest: Manifest | None) -> float:
     if config.data.sequence_length is not None:
         return float(config.data.sequence_length)
-    return manifest.tokens / manifest.samples if manifest is not None and manifest.tokens else 512.0
+    return manifest.tokens / manifest.samples if manifest is not None and manifest.tokens else _UNKNOWN_LENGTH
 
 
-def _token_flops(facts: ModelFacts, length: float) -> float:
-    return flops_per_token(
-        num_backbone_parameters=facts.backbone_parameters,
-        num_layers=facts.num_layers,
-        hidden_size=facts.hidden_size,
-        mean_length=length,
-        targets_per_token=facts.targets_per_token,
-        vocab_size=facts.vocab_size,
+def predict(config: Config, machine: Machine, given: frozenset[str] = frozenset()) -> Prediction:
+    """All that `plan` says of a configuration on a machine whose device is fully known.
+
+    Raises:
+        ConfigError, DataError: the configuration or its shards are wrong, or the batch does not divide.
+    """
+    world, device = machine.count, machine.device
+    plan = make_plan(config, world)
+    manifest = _manifest(config)
+    model = sized_model(config, _tokenizer(config, manifest))
+    length = _mean_length(config, manifest)
+    sizes = _workload(config, plan, model, length, world)
+    flops = flops_per_token(get_objective(config.objective.name), objective_settings(config), sizes)
+    facts = _model_facts(config, model, sizes, flops, on_cpu=device.kind == "cpu")
+    options = layouts(config, plan, world, resolve_deepspeed(config, plan), length)
+    batch = config.train.global_batch_size
+    return Prediction(
+        config=config,
+        machine=machine,
+        facts=facts,
+        layouts=[
+            (
+                layout,
+                estimate_memory(facts, layout, device),
+                estimate_traffic(facts, layout, plan.accumulation_steps),
+                estimate_step(facts, layout, machine, flops, batch),
+            )
+            for layout in options
+        ],
+        flops_per_token=flops,
+        work=estimate_work(
+            config, plan, world, length, lambda size: estimate_step(facts, options[0], machine, flops, size).total
+        ),
+        data_tokens=None if manifest is None else manifest.tokens,
+        given=given,
     )
-
-
-def _layout_name(layout: Layout) -> str:
-    return f"ZeRO-{layout.stage}" + (" + offload" if layout.offload_optimizer or layout.offload_parameters else "")
-
-
-def _memory_table(own: Layout, rows: list[tuple[Layout, Memory]], usable: float) -> list[str]:
-    parts = ("weights", "gradients", "optimizer", "activations", "buffers", "overhead", "total", "host")
-    lines = [f"  {'':<18}" + "".join(f"{part:>12}" for part in parts) + "   fits"]
-    for layout, memory in rows:
-        mark = "*" if layout == own else " "
-        cells = "".join(f"{getattr(memory, part):>12.2f}" for part in parts)
-        lines.append(f"{mark} {_layout_name(layout):<18}{cells}   {'yes' if memory.total <= usable else 'NO'}")
-    return lines
-
-
-def _advice(own: Layout, rows: list[tuple[Layout, Memory]], usable: float) -> str:
-    fits = next((layout for layout, memory in rows if memory.total <= usable and layout.stage > own.stage), None)
-    if fits is None:
-        fits = next((layout for layout, memory in rows if memory.total <= usable), None)
-    smaller = f"train.micro_batch_size={max(own.micro_batch_size // 2, 1)}"
-    if fits is None:
-        return f"use {smaller}, more devices or a smaller model"
-    name = {0: "single_gpu", 1: "zero1", 2: "zero2"}.get(
-        fits.stage, "zero3_offload" if fits.offload_optimizer else "zero3"
-    )
-    return f"use train.deepspeed_config={name}" + (f" or {smaller}" if own.micro_batch_size > 1 else "")
-
-
-def _summary_lines(
-    config: Config, plan: RunPlan, facts: ModelFacts, device: Device, world: int, work: Work, length: float
-) -> list[str]:
-    flops = _token_flops(facts, length)
-    hours = work.seconds / 3600
-    counts = ", ".join(map(str, fitting_world_sizes(config)))
-    return [
-        f"model        {config.model.architecture}, {facts.parameters:,} parameters "
-        f"({facts.backbone_parameters:,} beside embeddings and head)",
-        f"split        {config.train.global_batch_size} sequences a step = {world} ranks x {plan.micro_batch_size} "
-        f"x {plan.accumulation_steps} micro-steps; ranks that divide it: {counts}",
-        f"budget       ends by {work.limit}: {work.steps:,} steps, {format_count(work.tokens)} tokens",
-        f"compute      {flops / 1e6:,.1f} MFLOP a token, {flops * work.tokens:.3g} FLOP in all",
-        f"throughput   {format_count(work.tokens / work.seconds)} tokens/s assumed",
-        f"time         {format_duration(work.seconds)}",
-        f"cost         {hours * world * device.price_per_hour:,.2f} = {world} devices x {hours:,.2f} h x "
-        f"{device.price_per_hour:g} an hour",
-    ]
-
-
-def _assumptions(device: Device, length: float, manifest: Manifest | None, work: Work) -> list[str]:
-    measured = ", measured on this host" if device.name == "cpu" else ""
-    lines = [
-        f"{device.peak_flops / 1e12:,.2f} TFLOP/s peak a {device.name}{measured}; {device.utilization:.0%} of it for "
-        "real tokens (--utilization), communication and data waits included",
-        f"price {device.price_per_hour:g} a device hour (--price); prices assumed where none is given",
-        f"{length:g} tokens a sequence; fused attention; no activation checkpointing",
-        f"memory of one {device.name}: {device.memory_gib:.1f} GiB, of which {USABLE_SHARE:.0%} is usable",
-        "evaluation, yardsticks, checkpoints and export not counted",
-    ]
-    if manifest is not None:
-        lines.append(
-            f"data: {format_count(manifest.tokens)} tokens in the shards, {work.tokens / manifest.tokens:.2f} epochs"
-        )
-    else:
-        lines.append("the shards are not there yet: vocabulary as prepare.vocab_size says")
-    return lines
 
 
 def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides, default_profile="quickstart")
-    plan = make_plan(config, args.devices)
-    manifest = _manifest(config)
-    facts = model_facts(config, _tokenizer(config, manifest))
-    device = _device(args, config)
-    length = _mean_length(config, manifest)
-    rate = args.devices * device.peak_flops * device.utilization / _token_flops(facts, length)
-    work = estimate_work(config, plan, args.devices, length, rate)
-    print("\n".join(_summary_lines(config, plan, facts, device, args.devices, work, length)))
-    own, *others = layouts(config, plan, args.devices, resolve_deepspeed(config, plan), length)
-    shown = others if own in others else [own, *others]
-    rows = [(layout, estimate_memory(facts, layout, device.overhead_gib)) for layout in shown]
-    usable = device.memory_gib * USABLE_SHARE
-    print(f"\nmemory of a rank, GiB (* this configuration; {usable:.1f} usable)")
-    print("\n".join(_memory_table(own, rows, usable)))
-    print("\nassumptions\n" + "\n".join(f"- {line}" for line in _assumptions(device, length, manifest, work)))
-    needed = estimate_memory(facts, own, device.overhead_gib).total
-    if needed <= usable:
+    asked: Mapping[str, float | None] = {"price": args.price, "utilization": args.utilization}
+    given = frozenset(name for name, value in asked.items() if value is not None)
+    prediction = predict(config, _machine(args, config), given)
+    print(report(prediction))
+    if prediction.fits:
         return cli.EXIT_DONE
-    print(
-        f"\nerror: {_layout_name(own)} with micro-batches of {own.micro_batch_size} needs {needed:.1f} GiB a rank, "
-        f"expected at most {usable:.1f} of a {device.name}; {_advice(own, rows, usable)}",
-        file=sys.stderr,
-    )
+    print(f"\nerror: {refusal(prediction)}", file=sys.stderr)
     return cli.EXIT_USER_ERROR
 
 

@@ -6,7 +6,6 @@ deepspeed --num_gpus 8 -m sparselt_dist.pretrain --config base run.name=first
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 
 from sparselt_dist import cli, extensions, rank_report
@@ -103,4 +102,4 @@ def _run(args: argparse.Namespace, started: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main)

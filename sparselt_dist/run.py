@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 import shutil
 import subprocess
@@ -15,31 +17,48 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparselt_dist import checkpoint, distributed, engine_state, run_folder
+from sparselt_dist.allocator import keep_freed_memory
 from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
+from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.data.loader import Loader
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.journal import Journal
-from sparselt_dist.metrics import ConsoleProgress, TimeLedger, flops_per_token, peak_flops, peak_memory_gib
+from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_flops, peak_memory_gib
 from sparselt_dist.models.assembly import build_collator, build_model
+from sparselt_dist.models.workload import workload
+from sparselt_dist.objectives import get_objective
+from sparselt_dist.objectives.base import PreludeStopped
+from sparselt_dist.objectives.cost import flops_per_token
 from sparselt_dist.optim import build_optimizer
+from sparselt_dist.prelude import begin, make_setting, prelude_metrics, prelude_summary
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 from sparselt_dist.run_start import Data, Start, find_start, open_data, write_start
 from sparselt_dist.trainer import Outcome, Trainer
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora
-    from sparselt_dist.models.backbone import Backbone, PretrainingModel
+    from sparselt_dist.models.backbone import PretrainingModel
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
+DRY_PRELUDE_SECONDS = 5.0
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
 
 
-def build_engine(config: Config, plan: RunPlan, data: Data, start: Start, ranks: distributed.Ranks) -> DeepSpeedEngine:
-    """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint."""
+def build_engine(
+    config: Config,
+    plan: RunPlan,
+    data: Data,
+    start: Start,
+    ranks: distributed.Ranks,
+    before: Callable[[torch.nn.Module], None],
+) -> DeepSpeedEngine:
+    """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint; `before` is handed a new objective."""
     settings = distributed.agreed(ranks, lambda: resolve_deepspeed(config, plan))
     model = distributed.agreed(ranks, lambda: _loaded_model(config, data, start.checkpoint))
+    if start.checkpoint is None:
+        before(model.objective)
     if config.train.compile:
         model.backbone.body.compile()
     engine, _, _, _ = deepspeed.initialize(
@@ -86,24 +105,21 @@ def _utilisation(
     config: Config, engine: DeepSpeedEngine, row_length: float, world_size: int
 ) -> Callable[[float], float]:
     """Targets a token to the MFU of one token a second: a token's FLOPs over the peak of all devices."""
-    backbone: Backbone = engine.module.backbone
     given = config.log.peak_tflops
     peak = given * 1e12 if given is not None else peak_flops(engine.device, config.train.precision)
-    tables = [module for module in backbone.modules() if isinstance(module, torch.nn.Embedding)]
-    tables += filter(None, [backbone.model.get_output_embeddings()])
-    outside = {id(parameter) for table in tables for parameter in table.parameters()}
-    inside = sum(getattr(p, "ds_numel", p.numel()) for p in backbone.parameters() if id(p) not in outside)
+    objective, settings = get_objective(config.objective.name), objective_settings(config)
+    work = workload(
+        engine.module.backbone,
+        mean_length=row_length,
+        targets_per_token=0.0,
+        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        world_size=world_size,
+        accumulation_steps=engine.gradient_accumulation_steps(),
+    )
 
     def utilisation(targets_per_token: float) -> float:
-        cost = flops_per_token(
-            num_backbone_parameters=inside,
-            num_layers=int(backbone.config.num_hidden_layers),
-            hidden_size=backbone.hidden_size,
-            mean_length=row_length,
-            targets_per_token=targets_per_token if backbone.has_head else 0.0,
-            vocab_size=backbone.vocab_size if backbone.has_head else 0,
-        )
-        return cost / (peak * world_size)
+        of_step = dataclasses.replace(work, targets_per_token=targets_per_token)
+        return flops_per_token(objective, settings, of_step) / (peak * world_size)
 
     return utilisation
 
@@ -140,6 +156,8 @@ class Run:
         self.last_values: dict[str, Any] = {}
         for line in Journal.read(self.dir) if ranks.is_main else []:
             self.last_values.update(line)
+        self.prelude = start.prelude
+        self.prelude_is_told = False
         self.newest = start.checkpoint or self.dir
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
         self.trainer = Trainer(
@@ -203,17 +221,21 @@ class Run:
             "model_dir": str(model_dir) if model_dir.exists() else None,
             "data_manifest_sha256": self.data.train.manifest.sha256,
             "peak_memory_gib": self.peak_memory_gib,
+            **prelude_summary(self.config, self.prelude, progress),
             **yardsticks,
         }
 
     def log(self, line: dict[str, Any]) -> None:
         """One journal line, and the live line."""
+        if not self.prelude_is_told:  # in the first line of each start, for one of an earlier start may be cut off
+            line = {**line, **prelude_metrics(self.config, self.prelude, self.trainer.progress)}
+            self.prelude_is_told = True
         self.last_values.update(line)
         if self.journal is None:
             return
         self.journal.append(line)
         fraction = line.get("progress/fraction", self.trainer.fraction())
-        seconds = self.trainer.progress.seconds
+        seconds = self.trainer.progress.seconds - self.trainer.progress.prelude_seconds
         self.console.update(
             step=line["step"],
             fraction=fraction,
@@ -247,6 +269,7 @@ class Run:
                 "ledger_seconds": self.ledger.seconds(),
                 "objective": self.config.objective.name,
                 "seed": self.config.run.seed,
+                "prelude": None if self.prelude is None else self.prelude._asdict(),
                 "data_manifest_sha256": self.data.train.manifest.sha256,
                 "tokenizer_sha256": self.data.train.manifest.tokenizer_sha256,
                 "config": self.config.model_dump(mode="json"),
@@ -271,7 +294,8 @@ class Run:
         self.console.message("measuring the yardsticks on held-out text")
         with self.ledger.phase("evaluate"):
             return run_yardsticks(
-                load_checkpoint(self.newest).model.backbone.to(self.engine.device),  # whole, whatever the ZeRO stage
+                # whole, whatever the ZeRO stage, and with what the objective adds to it
+                load_checkpoint(self.newest).model.to(self.engine.device).backbone,
                 self.data.train,
                 self.data.validation,
                 self.data.tokenizer,
@@ -300,7 +324,7 @@ def _close(
         return
     patience = FOLLOWER_SECONDS if status == "finished" else STOPPED_SECONDS
     identity = mlflow_identity(run_dir, min(patience, IDENTITY_SECONDS)) if follower is not None else None
-    summary: dict[str, Any] = {"status": status, "mlflow_run_id": identity}
+    summary: dict[str, Any] = {"status": status, "mlflow_run_id": identity, "steps": 0, "tokens": 0, "seconds": 0.0}
     if run is not None:
         run.close()
         summary.update(run.summary())
@@ -321,8 +345,11 @@ def pretrain(
     resume: str,
     profile: str,
     started: float,
+    max_prelude_seconds: float = math.inf,
 ) -> Outcome:
     """Run from configuration to finished folder; all ranks call it. Returns how the run ended.
+
+    `max_prelude_seconds` is what the objective may take before the first step, whatever the budget.
 
     Raises:
         SparseltError: configuration, data or checkpoint at fault.
@@ -330,6 +357,8 @@ def pretrain(
     ledger = TimeLedger(start=started)
     console = ConsoleProgress(rank=ranks.rank, total_steps=config.budget.max_steps)
     device = distributed.initialise(ranks)
+    if device.type == "cpu":
+        keep_freed_memory()
     plan = make_plan(config, ranks.world_size)
     run_dir = Path(plan.output_dir)
     data = open_data(config, ranks)
@@ -340,11 +369,22 @@ def pretrain(
     follower = _start_follower(config, run_dir, ranks)
     status: Outcome = "failed"
     run: Run | None = None
+    setting = make_setting(config, data.train, data.tokenizer, device, max_prelude_seconds)
     try:
-        engine = build_engine(config, plan, data, start, ranks)
+        engine = build_engine(
+            config,
+            plan,
+            data,
+            start,
+            ranks,
+            lambda objective: begin(objective, start, setting, ranks, stop_flag, ledger),
+        )
         _restore_rank(start, ranks, config.run.seed)
         run = Run(config, plan, data, ranks, engine, start, stop_flag, console, ledger)
         status = run.train()
+    except PreludeStopped:
+        status = "stopped"
+        console.message("stopped before the first step; the same command begins anew")
     finally:
         console.close()
         _close(run, run_dir, ranks, status, follower)
@@ -371,7 +411,15 @@ def dry_run(
     if ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
     try:
-        outcome = pretrain(short, ranks, stop_flag, resume="auto", profile=profile, started=started)
+        outcome = pretrain(
+            short,
+            ranks,
+            stop_flag,
+            resume="auto",
+            profile=profile,
+            started=started,
+            max_prelude_seconds=DRY_PRELUDE_SECONDS,
+        )
     finally:
         if ranks.is_main:
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,7 @@ from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.follower import resolve_store_uri
 from sparselt_dist.journal import Journal, replace_file
 from sparselt_dist.metrics import ConsoleProgress
+from sparselt_dist.objectives.base import PreludeReport
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
 from sparselt_dist.trainer import Progress
 
@@ -44,6 +45,7 @@ class Start:
     checkpoint: Path | None
     progress: Progress
     ledger_seconds: dict[str, float]
+    prelude: PreludeReport | None = None  # of the run's first start, where its objective has one
 
 
 def open_data(config: Config, ranks: distributed.Ranks) -> Data:
@@ -104,7 +106,13 @@ def find_start(
         return Start(None, Progress(), {})
     meta = distributed.agreed(ranks, lambda: _matching_meta(found, config, data))
     console.message(f"continuing from {found} at step {meta['step']}")
-    return Start(found, Progress(**meta["progress"]), meta["ledger_seconds"])
+    prelude = meta.get("prelude")
+    return Start(
+        found,
+        Progress(**meta["progress"]),
+        meta["ledger_seconds"],
+        None if prelude is None else PreludeReport(**prelude),
+    )
 
 
 def _matching_meta(found: Path, config: Config, data: Data) -> dict[str, Any]:

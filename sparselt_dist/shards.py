@@ -99,6 +99,7 @@ def _inspect(folder: str, samples: int) -> int:
     if manifest.kind == "packed":
         filled = manifest.tokens / (manifest.samples * (manifest.sequence_length or 1))
         print(f"fill {100 * filled:.2f} % of all places hold a token")
+    _print_pairs(Path(folder), manifest)
     for fault in tokenizer_faults(corpora.tokenizer, manifest):
         print(f"warning: {fault}")
     _print_sources(manifest)
@@ -110,6 +111,17 @@ def _inspect(folder: str, samples: int) -> int:
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         print(f"\n{key}:\n  {text[:SAMPLE_CHARACTERS]!r}")
     return cli.EXIT_DONE
+
+
+def _print_pairs(folder: Path, manifest: Manifest) -> None:
+    from sparselt_dist.data.pair_files import describe_pairs, has_pairs, read_pair_manifest
+    from sparselt_dist.errors import DataError
+
+    if has_pairs(folder):
+        try:
+            print(f"agreements: {describe_pairs(read_pair_manifest(folder, manifest.tokenizer_sha256))}")
+        except DataError as fault:
+            print(f"warning: {fault}")
 
 
 def _print_sources(manifest: Manifest) -> None:

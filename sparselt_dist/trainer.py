@@ -47,9 +47,10 @@ class Progress:
     step: int = 0
     tokens: int = 0
     position: int = 0  # samples drawn, over all ranks
-    seconds: float = 0.0  # of training, restarts included, by rank 0's clock
+    seconds: float = 0.0  # of the budget: prelude and training, restarts included, by rank 0's clock
     skipped: int = 0  # samples left out because their shard was bad
     step_seconds: float = 0.0  # what a step takes by rank 0's clock, evaluations and a start's first step left out
+    prelude_seconds: float = 0.0  # of the objective's prelude, before the first step
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,7 +105,7 @@ class Trainer:
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
         self.counts = ("num_targets", "num_tokens", *getattr(engine.module.objective, "counts", ()))
-        self.budget = Budget.from_section(config.budget)
+        self.budget = Budget.from_section(config.budget, progress.prelude_seconds)
         self.device = engine.device
         self.is_first_step = True
         self.usual_step_seconds = progress.step_seconds

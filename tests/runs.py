@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from warm_rank import start_rank
 
 from sparselt_dist import checkpoint
 
@@ -30,9 +32,10 @@ MODEL = [
 class Finished:
     """A run that ended."""
 
-    code: int
+    code: int  # of the rank that fared worst
     output: str
     folder: Path
+    codes: tuple[int, ...] = ()  # by rank
 
     @property
     def journal(self) -> list[dict[str, Any]]:
@@ -96,27 +99,35 @@ def pretrain_arguments(shards: Path, folder: Path, *overrides: str) -> list[str]
 
 
 def run_ranks(
-    ranks: int, shards: Path, folder: Path, *overrides: str, flags: tuple[str, ...] = (), timeout: float = 240
+    ranks: int,
+    shards: Path,
+    folder: Path,
+    *overrides: str,
+    flags: tuple[str, ...] = (),
+    timeout: float = 240,
+    fresh: bool = False,
 ) -> Finished:
-    """Start `ranks` processes of pretrain as a launcher would, and wait for all of them."""
-    command = [sys.executable, "-m", "sparselt_dist.pretrain", *flags, *pretrain_arguments(shards, folder, *overrides)]
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            env=rank_environment(rank, ranks, port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    codes = [process.returncode for process in processes]
-    return Finished(max(codes, key=abs), "\n".join(outputs), folder)
+    """Start `ranks` processes of pretrain as a launcher would, and wait for all of them.
+
+    `fresh`: each in an interpreter of its own, from its start to its teardown, which takes seconds longer.
+    """
+    arguments = [*flags, *pretrain_arguments(shards, folder, *overrides)]
+    port, deadline = free_port(), time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [Path(scratch, str(rank)) for rank in range(ranks)]
+        processes = [
+            start_rank(arguments, rank_environment(rank, ranks, port), output, fresh=fresh)
+            for rank, output in enumerate(outputs)
+        ]
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            late = [process for process in processes if process.is_alive()]
+            for process in late:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid or 0, signal.SIGKILL)
+        shown = "\n".join(output.read_text() for output in outputs)
+    assert not late, f"{len(late)} of {ranks} ranks did not end in {timeout} s\n{shown}"
+    codes = tuple(process.exitcode or 0 for process in processes)
+    return Finished(max(codes, key=abs), shown, folder, codes)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from sparselt_dist.data import pair_sample
 from sparselt_dist.data.embedded import tidy
 
 Normalization = Literal["none", "nfc", "crammed"]
@@ -47,6 +48,7 @@ class CleaningRules:
     normalization: Normalization
     min_characters: int
     max_characters: int | None
+    originals_share: float = 0.0  # of the documents, by `pair_sample.places`, whose text is kept as it was, too
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class CleanBatch:
     sources: np.ndarray  # int64, source numbers as given
     too_short: int
     too_long: int
+    originals: dict[int, str]  # by number in `texts`: text that normalising changed, of documents to keep
 
 
 def clean_batch(rules: CleaningRules, documents: list[tuple[int, str]]) -> CleanBatch:
     """Normalise (source number, text) pairs, drop those of the wrong length, and hash the rest."""
     texts: list[bytes] = []
+    raws: list[str] = []
     characters, sources, digests = [], [], []
     too_short = too_long = 0
     for source, raw in documents:
@@ -77,6 +81,7 @@ def clean_batch(rules: CleaningRules, documents: list[tuple[int, str]]) -> Clean
             continue
         data = text.encode()
         texts.append(data)
+        raws.append(raw)
         digests.append(hashlib.blake2b(data, digest_size=16).digest())
         characters.append(len(text))
         sources.append(source)
@@ -89,4 +94,13 @@ def clean_batch(rules: CleaningRules, documents: list[tuple[int, str]]) -> Clean
         np.array(sources, dtype=np.int64),
         too_short,
         too_long,
+        _originals(rules, hashes[:, 1], raws, texts),
     )
+
+
+def _originals(rules: CleaningRules, split_hashes: np.ndarray, raws: list[str], texts: list[bytes]) -> dict[int, str]:
+    if not rules.originals_share:
+        return {}
+    chosen = np.flatnonzero(pair_sample.places(split_hashes) < rules.originals_share).tolist()
+    writable = ((number, normalize(raws[number], "none")) for number in chosen)
+    return {number: raw for number, raw in writable if raw.encode() != texts[number]}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparselt_dist.data import pair_sample
 from sparselt_dist.data.blocks import Block, BlockWriter
 from sparselt_dist.data.cleaning import CleaningRules, clean_batch
 from sparselt_dist.data.context import Context
@@ -38,6 +39,7 @@ class Collected:
     sources: tuple[tuple[str, str], ...]  # (name, licence) by source number
     counts: Counter[str]
     lowest_split_hash: int
+    originals_share: float = 0.0  # of the documents, by `pair_sample.places`, whose text was kept as it was
 
     @property
     def documents(self) -> int:
@@ -52,12 +54,16 @@ def collect_documents(context: Context, items: list[Item]) -> Collected:
     """
     context.progress.start("reading")
     prepare = context.config.prepare
-    rules = CleaningRules(prepare.normalize, prepare.min_characters, prepare.max_characters)
+    kept = 0.0
+    if prepare.agreements != "none":
+        known = all(item.bytes for item in items)
+        kept = pair_sample.share_to_keep(prepare.agreement_words, sum(item.bytes for item in items) if known else None)
+    rules = CleaningRules(prepare.normalize, prepare.min_characters, prepare.max_characters, kept)
     size = segment_bytes(items)
     jobs = list(enumerate(cut_segments(items, size)))
     collect = functools.partial(collect_segment, rules, context.documents, int(BLOCK_SLACK * size))
     records = context.crew.run("collect", collect, jobs, "segments")
-    collected = _joined(context.documents, [block for record in records for block in record["blocks"]])
+    collected = _joined(context.documents, [block for record in records for block in record["blocks"]], kept)
     counts = collected.counts
     if not collected.documents:
         raise DataError(
@@ -68,7 +74,7 @@ def collect_documents(context: Context, items: list[Item]) -> Collected:
     return collected
 
 
-def _joined(folder: Path, stored: list[dict[str, Any]]) -> Collected:
+def _joined(folder: Path, stored: list[dict[str, Any]], originals_share: float) -> Collected:
     numbers: dict[tuple[str, str], int] = {}
     counts: Counter[str] = Counter()
     blocks: list[Block] = []
@@ -83,7 +89,7 @@ def _joined(folder: Path, stored: list[dict[str, Any]]) -> Collected:
             blocks.append(Block(len(blocks), record["name"], first, record["documents"], tuple(of_block)))
         first += record["documents"]
     lowest = min((record["lowest_split_hash"] for record in stored), default=2**64)
-    return Collected(folder, tuple(blocks), tuple(numbers), counts, lowest)
+    return Collected(folder, tuple(blocks), tuple(numbers), counts, lowest, originals_share)
 
 
 def collect_segment(
@@ -117,7 +123,7 @@ def _write_block(
     """Write a block; returns what the log says of it, and whether there may be more to read."""
     numbers: dict[tuple[str, str], int] = {}
     counts: Counter[str] = Counter()
-    with BlockWriter(folder, name) as writer:
+    with BlockWriter(folder, name, keep_originals=rules.originals_share > 0) as writer:
         while writer.text_bytes < block_bytes and (batch := next(batches, None)) is not None:
             documents = [(_source_number(numbers, source), text) for source, text in batch]
             cleaned = clean_batch(rules, documents)

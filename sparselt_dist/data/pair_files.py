@@ -1,8 +1,12 @@
-"""Agreement pairs on disk: one `.npz` a family beside the shards, with a manifest that ties them to a tokenizer.
+"""Agreement pairs on disk, in the folder `agreements` of a shard folder, with a manifest that ties them to the shards.
 
-A file holds four ragged lists of sides (heads, dependents, and those of the wrong-number copies): `<name>_ids`, all ids end
-to end, `<name>_ends`, where each side ends, `<name>_roots`, whether an id belongs to the root word; `labels`, a number
-into the manifest's list, and `flipped`, the pairs that have a copy. The bytes depend on the pairs alone.
+| file | holds |
+|---|---|
+| `A1.npz` ... | the pairs of a family, as `pair_columns.py` describes them |
+| `A1.window.npz` ... | for each of them two neighbouring words of its sentence instead: the control without syntax |
+| `text.npz` | some of the sentences with the role of each piece, see `labelled_text.py` |
+| `manifest.json` | where the pairs come from, and the hash of each file |
+| `cost.json` | the processor seconds of the extraction; apart, for all other bytes depend on text and configuration alone |
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,23 +22,38 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from sparselt_dist.data.agreements import Family
-from sparselt_dist.data.piece_alignment import Side
+from sparselt_dist.data.manifest import ShardEntry, file_sha256, read_manifest, write_atomically
+from sparselt_dist.data.pair_columns import Columns
 from sparselt_dist.errors import DataError
 
 FOLDER = "agreements"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
-FREE_REPEATS = 10
+COST_FILE = "cost.json"
+TEXT = "text"
+FORMAT = 2
 Track = Literal["strict", "parser"]
+PairKind = Literal["agreements", "window"]
 
 
-class Pair(NamedTuple):
-    """A pair in pieces."""
+class StoredFamily(NamedTuple):
+    """What is stored of a family: its pairs, and as many of neighbouring words."""
 
-    label: str
-    head: Side
-    dependent: Side
-    flipped: tuple[Side, Side] | None  # (head, dependent) of the copy in the wrong number
+    family: Family
+    agreements: Columns
+    window: Columns
+
+
+@dataclass(frozen=True)
+class PairOrigin:
+    """Where pairs come from."""
+
+    track: Track
+    tokenizer_sha256: str
+    shards_sha256: str  # of `shards_identity`
+    vocab_size: int
+    documents: int  # of the sample that was read
+    unaligned: int  # of these, left out: normalising changed more than can be traced back
+    words: int
 
 
 @dataclass(frozen=True)
@@ -44,127 +63,172 @@ class PairManifest:
     format: int
     track: Track
     tokenizer_sha256: str
+    shards_sha256: str
     vocab_size: int
+    documents: int
+    unaligned: int
     words: int  # of the sample that the pairs come from
-    extraction_seconds: float
     labels: dict[Family, list[str]]
     pairs: dict[Family, int]
-    sha256: dict[Family, str]
+    text_pieces: int
+    sha256: dict[str, str]  # by name of the file, without its ending
+    extraction_seconds: float  # of processors; stored apart
 
 
-def thin_repeats(pairs: Sequence[Pair], seed: int) -> list[Pair]:
-    """Keep each pair that is seen c > 10 times with probability sqrt(10/c): a function of the pairs and the seed."""
-    keys = [(pair.head.ids, pair.dependent.ids) for pair in pairs]
-    counts: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
-    draws = np.random.default_rng(seed).random(len(pairs))
-    chances = np.sqrt(FREE_REPEATS / np.array([counts[key] for key in keys], dtype=np.float64))
-    return [pair for pair, kept in zip(pairs, draws < chances, strict=True) if kept]
+def shards_identity(shards: Iterable[ShardEntry]) -> str:
+    """What tells the content of a shard folder from any other's: a hash of its shards' hashes."""
+    return hashlib.sha256("\n".join(entry.sha256 for entry in shards).encode()).hexdigest()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_pairs(
     folder: Path,
-    pairs: dict[Family, list[Pair]],
+    families: Iterable[StoredFamily],
+    text: dict[str, np.ndarray],
+    origin: PairOrigin,
     *,
-    track: Track,
-    tokenizer_sha256: str,
-    vocab_size: int,
-    words: int,
     extraction_seconds: float,
-) -> PairManifest:
-    """Write the pairs of all families under a shard folder; the manifest comes last."""
+) -> dict[Family, int]:
+    """Write pairs and labelled text under a folder; one family is held at a time, the manifest comes last.
+
+    Returns:
+        the number of pairs by family.
+    """
     target = folder / FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    labels = {family: sorted({pair.label for pair in found}) for family, found in pairs.items()}
-    hashes: dict[Family, str] = {}
-    for family, found in pairs.items():
-        path = target / f"{family}.npz"
-        _write_arrays(path, _arrays(found, labels[family], vocab_size))
-        hashes[family] = hashlib.sha256(path.read_bytes()).hexdigest()
-    counts = {family: len(found) for family, found in pairs.items()}
-    manifest = PairManifest(
-        FORMAT, track, tokenizer_sha256, vocab_size, words, extraction_seconds, labels, counts, hashes
-    )
-    (target / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=1))
-    return manifest
-
-
-def _arrays(pairs: Sequence[Pair], labels: Sequence[str], vocab_size: int) -> dict[str, np.ndarray]:
-    copies = [(number, pair.flipped) for number, pair in enumerate(pairs) if pair.flipped is not None]
-    sides: dict[str, Iterable[Side]] = {
-        "heads": (pair.head for pair in pairs),
-        "dependents": (pair.dependent for pair in pairs),
-        "flipped_heads": (head for _, (head, _) in copies),
-        "flipped_dependents": (dependent for _, (_, dependent) in copies),
+    labels: dict[Family, list[str]] = {}
+    pairs: dict[Family, int] = {}
+    hashes: dict[str, str] = {}
+    for family, agreements, window in families:
+        labels[family], pairs[family] = agreements.labels, len(agreements)
+        hashes[family] = _write_arrays(target / f"{family}.npz", agreements.arrays)
+        hashes[f"{family}.window"] = _write_arrays(target / f"{family}.window.npz", window.arrays)
+    hashes[TEXT] = _write_arrays(target / f"{TEXT}.npz", text)
+    manifest = {
+        "format": FORMAT,
+        **asdict(origin),
+        "labels": labels,
+        "pairs": pairs,
+        "text_pieces": len(text["ids"]),
+        "sha256": hashes,
     }
-    number = {label: place for place, label in enumerate(labels)}
-    arrays: dict[str, np.ndarray] = {
-        "labels": np.array([number[pair.label] for pair in pairs], dtype=np.uint16),
-        "flipped": np.array([place for place, _ in copies], dtype=np.uint32),
-    }
-    for name, listed in sides.items():
-        known = list(listed)
-        arrays[f"{name}_ids"] = np.array(
-            [piece for side in known for piece in side.ids], dtype=np.uint16 if vocab_size <= 2**16 else np.uint32
-        )
-        arrays[f"{name}_ends"] = np.cumsum([len(side.ids) for side in known], dtype=np.uint32)
-        arrays[f"{name}_roots"] = np.array([root for side in known for root in side.of_root], dtype=bool)
-    return arrays
+    write_atomically(target / COST_FILE, json.dumps({"extraction_seconds": round(extraction_seconds, 3)}).encode())
+    write_atomically(target / MANIFEST_FILE, json.dumps(manifest, indent=1).encode())
+    return pairs
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """As `numpy.savez`, but without the time of writing, so that equal pairs give equal bytes."""
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    """As `numpy.savez`, but without the time of writing, so that equal pairs give equal bytes; returns the hash."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in sorted(arrays):
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, arrays[name], allow_pickle=False)
+    return file_sha256(path)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def has_pairs(folder: Path) -> bool:
+    """Whether a shard folder holds agreement pairs."""
+    return (folder / FOLDER / MANIFEST_FILE).is_file()
 
 
 def read_pair_manifest(folder: Path, tokenizer_sha256: str) -> PairManifest:
     """The manifest of a shard folder's pairs.
 
     Raises:
-        DataError: there are none, they are unreadable, or they were made with another tokenizer.
+        DataError: there are none, they are unreadable, or they were made with another tokenizer or for other shards.
     """
     path = folder / FOLDER / MANIFEST_FILE
     remedy = "prepare the shards with prepare.agreements=strict"
     if not path.exists():
-        raise DataError(
-            f"objective dac: {folder} holds no agreement pairs, expected {FOLDER}/{MANIFEST_FILE}; {remedy}"
-        )
+        raise DataError(f"agreement pairs: {folder} holds none, expected {FOLDER}/{MANIFEST_FILE}; {remedy}")
     try:
         stored: dict[str, Any] = json.loads(path.read_bytes())
-        manifest = PairManifest(**stored)
-    except (ValueError, TypeError) as cause:
+        if stored.get("format") == FORMAT:
+            stored |= json.loads(path.with_name(COST_FILE).read_bytes())
+            manifest = PairManifest(**stored)
+    except (OSError, ValueError, TypeError, AttributeError) as cause:
         raise DataError(f"{path}: cannot be read: {cause}; expected a manifest of agreement pairs; {remedy}") from cause
-    if manifest.format != FORMAT:
-        raise DataError(f"{path}: found format {manifest.format}, expected {FORMAT}; {remedy}")
+    if stored.get("format") != FORMAT:
+        raise DataError(f"{path}: found format {stored.get('format')}, expected {FORMAT}; {remedy}")
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         raise DataError(
             f"{path}: the pairs were made with tokenizer {manifest.tokenizer_sha256[:12]}…, expected that of the shards, "
             f"{tokenizer_sha256[:12]}…; {remedy}"
         )
+    if manifest.shards_sha256 != (identity := shards_identity(read_manifest(folder).shards)):
+        raise DataError(
+            f"{path}: the pairs belong to shards {manifest.shards_sha256[:12]}…, expected those of the folder, "
+            f"{identity[:12]}…; {remedy}"
+        )
     return manifest
 
 
-def read_pairs(folder: Path, manifest: PairManifest, family: Family) -> dict[str, np.ndarray]:
-    """The arrays of a family.
+def read_pairs(
+    folder: Path, manifest: PairManifest, family: Family, kind: PairKind = "agreements"
+) -> dict[str, np.ndarray]:
+    """The arrays of a family, or of as many pairs of neighbouring words in the same sentences.
 
     Raises:
         DataError: the family is not there, or its file is damaged.
     """
-    path = folder / FOLDER / f"{family}.npz"
-    if family not in manifest.sha256 or not path.exists():
-        there = ", ".join(sorted(manifest.sha256)) or "none"
+    if family not in manifest.pairs:
+        there = ", ".join(sorted(manifest.pairs)) or "none"
         raise DataError(
-            f"objective.families: found {family}, expected families of {path.parent}: {there}; choose among them"
+            f"agreement pairs: found {family}, expected families of {folder / FOLDER}: {there}; choose among them"
         )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != manifest.sha256[family]:
-        raise DataError(
-            f"{path}: found sha256 {found[:12]}…, expected {manifest.sha256[family][:12]}… of its manifest; prepare the "
-            "shards again"
-        )
-    with np.load(path, allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files}
+    return _read_arrays(folder, manifest, family if kind == "agreements" else f"{family}.window")
+
+
+def read_labelled_text(folder: Path, manifest: PairManifest) -> dict[str, np.ndarray]:
+    """The arrays of the labelled text, see `labelled_text.py`.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    return _read_arrays(folder, manifest, TEXT)
+
+
+def _read_arrays(folder: Path, manifest: PairManifest, name: str) -> dict[str, np.ndarray]:
+    fault = _file_fault(folder, manifest, name)
+    if fault:
+        raise DataError(fault)
+    with np.load(folder / FOLDER / f"{name}.npz", allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
+def _file_fault(folder: Path, manifest: PairManifest, name: str) -> str:
+    path, expected = folder / FOLDER / f"{name}.npz", manifest.sha256.get(name, "none")
+    if not path.exists():
+        return f"{path}: missing, expected sha256 {expected[:12]}…; restore it or prepare the shards again"
+    found = file_sha256(path)
+    if found == expected:
+        return ""
+    return (
+        f"{path}: found sha256 {found[:12]}…, expected {expected[:12]}… of its manifest; restore it or prepare the shards "
+        "again"
+    )
+
+
+def pair_faults(folder: Path, tokenizer_sha256: str) -> list[str]:
+    """What is wrong with a shard folder's pairs; empty if all files are as their manifest says."""
+    try:
+        manifest = read_pair_manifest(folder, tokenizer_sha256)
+    except DataError as fault:
+        return [str(fault)]
+    faults = (_file_fault(folder, manifest, name) for name in manifest.sha256)
+    return [fault for fault in faults if fault]
+
+
+def describe_pairs(manifest: PairManifest) -> str:
+    """Pairs by family, and where they come from, in a line."""
+    pairs = ", ".join(f"{family} {count:,}" for family, count in manifest.pairs.items())
+    left_out = f" ({manifest.unaligned:,} left out)" if manifest.unaligned else ""
+    return (
+        f"{pairs}; {manifest.track} track, {manifest.words:,} words of {manifest.documents:,} documents{left_out}, "
+        f"{manifest.text_pieces:,} pieces of labelled text, {manifest.extraction_seconds:.1f} processor seconds"
+    )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparselt_dist.config import Config
-from sparselt_dist.data import stages
+from sparselt_dist.data import pair_files, pair_stages, stages
+from sparselt_dist.data.agreement_sentences import parsing_reader
 from sparselt_dist.data.collection import Collected, collect_documents, held_out_below
 from sparselt_dist.data.context import Context
 from sparselt_dist.data.manifest import (
@@ -67,7 +68,7 @@ def prepare(config: Config, progress: bool = True, part: Part = ONE_PART) -> Pre
         part: do this part of the work together with others that run on the same output folder.
 
     Raises:
-        ConfigError: no source, or a vocabulary too small for the text.
+        ConfigError: no source, a vocabulary too small for the text, or no parser for the parser track.
         DataError: a source or the output folder cannot be used, or the folder holds shards of another configuration.
     """
     started = time.monotonic()
@@ -81,6 +82,8 @@ def prepare(config: Config, progress: bool = True, part: Part = ONE_PART) -> Pre
             shutil.rmtree(output / WORK, ignore_errors=True)
         rows = _stored_rows(existing, folders)
         return PrepareReport(output, folders["train"], folders.get("validation"), True, rows)
+    if config.prepare.agreements == "parser":
+        parsing_reader(config.prepare.agreement_parser)  # a missing parser would be met after hours
     items = find_items(config.prepare.source, text_key=config.prepare.text_key, license=config.prepare.license)
     work = output / WORK
     try:
@@ -131,11 +134,13 @@ def _run_stages(
     held_out = held_out_below(collected, context.config.prepare.validation_fraction)
     stages.make_tokenizer(context, collected, survivors, held_out)
     tokenized = stages.tokenize_documents(context, collected, survivors, held_out)
+    pairs = pair_stages.find_pairs(context, collected, survivors, held_out, tokenized)
     samples = {split: stages.make_samples(context, tokenized, split) for split in folders}
     entries = {
         split: stages.write_split(context, tokenized, samples[split], split, folder)
         for split, folder in folders.items()
     }
+    pair_stages.store_pairs(context, collected, tokenized, pairs, entries["train"])
     if context.crew.part.number != 0:
         return None
     statistics = {"source_fingerprint": fingerprint(items)}
@@ -155,7 +160,9 @@ def _complete(
     wanted: dict[str, Any],
     statistics: dict[str, Any],
 ) -> None:
-    _copy_tokenizer(context.tokenizer, folder / TOKENIZER)
+    _copy_folder(context.tokenizer, folder / TOKENIZER)
+    if split == "train" and context.config.prepare.agreements != "none":
+        _copy_folder(context.work / pair_files.FOLDER, folder / pair_files.FOLDER)
     totals = tokenized.splits[split]
     write_manifest(
         folder,
@@ -175,7 +182,7 @@ def _complete(
     )
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def _copy_folder(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial)
@@ -190,6 +197,10 @@ def identity(config: Config) -> dict[str, Any]:
     """Everything in the configuration that decides what is in the shards; as JSON gives it back."""
     values = config.prepare.model_dump(mode="json", exclude=NOT_IN_IDENTITY)
     values["sequence_length"] = config.data.sequence_length
+    if config.prepare.agreements != "parser":
+        del values["agreement_parser"]
+    if config.prepare.agreements == "none":
+        del values["agreements"], values["agreement_words"]
     if config.prepare.tokenizer not in TRAINED_KINDS:
         path = Path(config.prepare.tokenizer).expanduser() / TOKENIZER_FILE
         values["tokenizer_sha256"] = file_sha256(path) if path.is_file() else None
@@ -197,7 +208,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def _existing(output: Path, wanted: dict[str, Any]) -> dict[Path, Manifest]:
-    """The complete shard folders of this configuration in the output folder.
+    """The complete shard folders of this configuration in the output folder; without wanted pairs one is not.
 
     Raises:
         DataError: one there was prepared otherwise, or its manifest is corrupt.
@@ -207,11 +218,14 @@ def _existing(output: Path, wanted: dict[str, Any]) -> dict[Path, Manifest]:
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             _refuse_other(folder, manifest.prepare, wanted)
-            found[folder] = manifest
+            if folder == output / SPLITS[1] or "agreements" not in wanted or pair_files.has_pairs(folder):
+                found[folder] = manifest
     return found
 
 
 def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if "agreements" not in wanted:  # then pairs that are there do no harm
+        found = {key: value for key, value in found.items() if not key.startswith("agreement")}
     other = differences(found, wanted)
     if other:
         raise DataError(
@@ -288,6 +302,10 @@ def _stored_rows(manifests: dict[Path, Manifest], folders: dict[Split, Path]) ->
         size, shards = manifest.vocab_size, len(manifest.shards)
         rows.append((split, _split_row(manifest.statistics, manifest.samples, shards, manifest.kind, size)))
         rows.append(("", str(folder)))
+    train = folders["train"]
+    if pair_files.has_pairs(train):
+        pairs = pair_files.read_pair_manifest(train, manifests[train].tokenizer_sha256)
+        rows.append(("agreements", pair_files.describe_pairs(pairs)))
     return tuple(rows)
 
 

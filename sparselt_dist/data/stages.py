@@ -7,6 +7,7 @@
 | near duplicates (datatrove) | a block, a bucket, all clusters | near/ |
 | tokenizer: train or copy | all of it | tokenizer/ |
 | tokenize, split | a block | tokens/ |
+| agreement pairs, if wanted (`pair_stages.py`) | a block, then all | pairs/, agreements/ |
 | plan: pack documents into rows | a window of blocks | plans/ |
 | order, by sentence length alone | some samples, then all | counts-train/, order-train.npy, ... |
 | shards | a shard | the shard folders |

@@ -13,7 +13,7 @@ import unicodedata
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,14 @@ class TokenizeRules:
     dtype: str
 
 
-class _Encoder:
+class Encoded(NamedTuple):
+    """Pieces of a text."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]  # characters from, to
+
+
+class Encoder:
     """A tokenizer for text that `cleaning.normalize` has gone over."""
 
     def __init__(self, folder: Path, normalization: Normalization) -> None:
@@ -57,6 +64,7 @@ class _Encoder:
         self._without = self._without_normalizer(folder, normalization)
         self._always = normalization == "crammed"
         info = tokenizer_info(folder)
+        self.special_ids = frozenset(info.special_ids)
         self.begin = info.cls_id if info.cls_id is not None else info.bos_id
         self.end = end_of_document(info, str(folder))
 
@@ -70,19 +78,28 @@ class _Encoder:
         return tokenizer
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        tokenizer = self._tokenizer
+        """The ids of each text."""
+        encodings = self._chosen(texts).encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_with_spans(self, texts: list[str]) -> list[Encoded]:
+        """The same ids, and where each piece stands in its text."""
+        encodings = self._chosen(texts).encode_batch(texts, add_special_tokens=False)
+        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def _chosen(self, texts: list[str]) -> Tokenizer:
         # tidying up can leave, in rare texts, marks side by side that compose
         if self._without is not None and (
             self._always or all(unicodedata.is_normalized("NFC", text) for text in texts)
         ):
-            tokenizer = self._without
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+            return self._without
+        return self._tokenizer
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, sha256: str, normalization: Normalization) -> _Encoder:
+def load_encoder(folder: Path, sha256: str, normalization: Normalization) -> Encoder:
     """Loaded once a process; the hash tells it from another preparation's in the same place."""
-    return _Encoder(folder, normalization)
+    return Encoder(folder, normalization)
 
 
 @dataclass
@@ -96,7 +113,7 @@ class _SplitFiles:
     text_tokens: int = 0  # without cls and sep
     pieces: int = 0
 
-    def write(self, rules: TokenizeRules, encoder: _Encoder, entries: np.ndarray, documents: list[list[int]]) -> None:
+    def write(self, rules: TokenizeRules, encoder: Encoder, entries: np.ndarray, documents: list[list[int]]) -> None:
         """Append documents, framed."""
         if not documents:
             return
@@ -133,15 +150,16 @@ class _SplitFiles:
 
 def tokenize_block(rules: TokenizeRules, block: Block) -> dict[str, Any]:
     """Encode a block: leave out duplicates and incompressible documents, frame each document, split."""
-    encoder = _encoder(rules.tokenizer, rules.tokenizer_sha256, rules.normalization)
+    encoder = load_encoder(rules.tokenizer, rules.tokenizer_sha256, rules.normalization)
     index, left = block.index(rules.documents), rules.survivors.of(block)
-    held_out = index["split_hash"] < rules.held_out_below if rules.held_out_below < 2**64 else np.ones(len(index), bool)
+    held_out = is_held_out(index, rules.held_out_below)
     incompressible = 0
     with contextlib.ExitStack() as stack:
         files = {split: _open_split(stack, rules.output, block, split) for split in SPLITS}
         for batch in read_texts(rules.documents, block, index, left):
             encoded = encoder.encode(batch.texts)
-            kept = _compressible(rules, encoded, index["characters"][batch.numbers])
+            counts = np.array([len(ids) for ids in encoded])
+            kept = compressible(rules.max_tokens_per_character, counts, index["characters"][batch.numbers])
             incompressible += len(encoded) - len(kept)
             for split in SPLITS:
                 places = kept[held_out[batch.numbers[kept]] == (split == "validation")]
@@ -158,9 +176,13 @@ def _open_split(stack: contextlib.ExitStack, folder: Path, block: Block, split: 
     return _SplitFiles(ids, lengths, [])
 
 
-def _compressible(rules: TokenizeRules, encoded: list[list[int]], characters: np.ndarray) -> np.ndarray:
-    """Places of the documents that the compressibility filter leaves."""
-    if rules.max_tokens_per_character is None:
-        return np.arange(len(encoded))
-    counts = np.array([len(ids) for ids in encoded])
-    return np.flatnonzero(counts < rules.max_tokens_per_character * characters)
+def is_held_out(index: np.ndarray, held_out_below: int) -> np.ndarray:
+    """bool [documents] of a block's index."""
+    return index["split_hash"] < held_out_below if held_out_below < 2**64 else np.ones(len(index), bool)
+
+
+def compressible(max_tokens_per_character: float | None, counts: np.ndarray, characters: np.ndarray) -> np.ndarray:
+    """Places of the documents that the compressibility filter leaves, from their tokens and characters."""
+    if max_tokens_per_character is None:
+        return np.arange(len(counts))
+    return np.flatnonzero(counts < max_tokens_per_character * characters)

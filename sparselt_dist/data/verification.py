@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from sparselt_dist.data.manifest import MANIFEST, Manifest, ShardEntry, file_sha256
+from sparselt_dist.data.pair_files import FOLDER, pair_faults
 from sparselt_dist.data.shard_files import Access
 from sparselt_dist.data.shard_index import index_path, read_index_file, scan_tar
 from sparselt_dist.data.shards import ShardFolder
 from sparselt_dist.data.storage import is_remote, join
+from sparselt_dist.data.tokenization import SPLITS
 from sparselt_dist.data.tokenizer import tokenizer_faults, tokenizer_info
 from sparselt_dist.errors import DataError
 
@@ -31,7 +33,9 @@ def verify(location: Path | str, access: Access | None = None) -> list[str]:
     except DataError as fault:
         return [str(fault)]
     remote = is_remote(folder.location)
-    faults += _total_faults(folder) + ([] if remote else _stranger_faults(Path(folder.location), manifest))
+    faults += _total_faults(folder)
+    if not remote:
+        faults += _stranger_faults(Path(folder.location), manifest) + _pair_faults(Path(folder.location), manifest)
     cache = access.cache()
     for number, entry in enumerate(manifest.shards):
         url = folder.files.url(number)
@@ -52,6 +56,12 @@ def _stranger_faults(folder: Path, manifest: Manifest) -> list[str]:
     listed = {entry.name for entry in manifest.shards}
     strangers = (path for path in sorted(folder.glob("*.tar")) if path.name not in listed)
     return [f"{path}: not listed in {MANIFEST}; remove it" for path in strangers]
+
+
+def _pair_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Of the agreement pairs, where there are any or should be; they are no part of a held-out split."""
+    wanted = "agreements" in manifest.prepare and folder.name != SPLITS[1]
+    return pair_faults(folder, manifest.tokenizer_sha256) if wanted or (folder / FOLDER).exists() else []
 
 
 def _total_faults(folder: ShardFolder) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,11 @@ from sparselt_dist import checkpoint
 from sparselt_dist.data.batch import Example, pad_examples
 from sparselt_dist.data.cleaning import Normalization, normalize
 from sparselt_dist.data.corpora import open_corpora
-from sparselt_dist.data.manifest import read_copy
 from sparselt_dist.data.piece_alignment import align
 from sparselt_dist.data.shards import Stored
 from sparselt_dist.data.tokenizer import load_for_text
 from sparselt_dist.errors import CheckpointError, DataError
+from sparselt_dist.evaluation.features import text_normalization
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint
 from sparselt_dist.objectives.slt import SLTModule, TyperOutput
 
@@ -129,17 +129,10 @@ def open_reader(path: Path, device: torch.device) -> TypeReader:
         loaded=loaded,
         slt=slt,
         tokenizer=load_for_text(loaded.tokenizer_dir),
-        normalization=_normalization(loaded),
+        normalization=text_normalization(loaded.run_dir, loaded.config.prepare.normalize),
         row_length=next((limit for limit in limits if limit), _LONGEST_ROW),
         device=device,
     )
-
-
-def _normalization(loaded: LoadedCheckpoint) -> Normalization:
-    """That of the run's shards, where their manifest tells."""
-    manifest = read_copy(loaded.run_dir)
-    told = None if manifest is None else manifest.prepare.get("normalize")
-    return next((how for how in get_args(Normalization) if how == told), loaded.config.prepare.normalize)
 
 
 # ---------------------------------------------------------------- text to rows

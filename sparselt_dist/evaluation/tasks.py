@@ -14,17 +14,23 @@ from sparselt_dist.config import Config
 from sparselt_dist.config_loading import load_config, make_plan
 from sparselt_dist.data.corpora import Corpora, Location, open_corpora
 from sparselt_dist.data.loader import evaluation_batches
+from sparselt_dist.data.manifest import Manifest, read_copy
+from sparselt_dist.data.tokenizer import load_for_text
 from sparselt_dist.errors import CheckpointError, DataError
+from sparselt_dist.evaluation.features import MAX_LENGTH, text_normalization
 from sparselt_dist.evaluation.heldout import heldout_means
+from sparselt_dist.evaluation.last_word import PassageReader, cut_passages, heads_of, last_word_scores, read_passages
 from sparselt_dist.evaluation.yardsticks import run_yardsticks
 from sparselt_dist.follower import read_json
 from sparselt_dist.models.assembly import build_collator
 from sparselt_dist.models.backbone import Backbone, PretrainingModel
+from sparselt_dist.models.exporting import longest_input
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint, load_exported
 from sparselt_dist.models.objective_weights import MARKER
 from sparselt_dist.objectives.base import Collator, TokenizerInfo, get_objective
 from sparselt_dist.objectives.settings import MLMConfig
 
+_PASSAGES = 512  # cut from held-out text
 _ROWS_PER_FORWARD = 32  # of an exported model, which knows of no micro-batch
 
 
@@ -47,7 +53,16 @@ class Shards:
     """Where it is evaluated."""
 
     train: Corpora | None
-    validation: Corpora
+    held_out: Corpora | None
+    passages: Path | None = None
+    """A file of passages for task last-word; None: they are cut from held-out text."""
+
+    @property
+    def validation(self) -> Corpora:
+        """The held-out shards. Raises DataError where there are none."""
+        if self.held_out is None:
+            raise DataError("evaluate: no held-out shards are known; name them by --validation")
+        return self.held_out
 
     def training(self) -> Corpora:
         """The training shards. Raises DataError where there are none."""
@@ -100,8 +115,10 @@ def _open_exported(path: Path) -> Subject:
     )
 
 
-def open_shards(subject: Subject, train: str | None, validation: str | None) -> Shards:
-    """The shards named on the command line, else those of the run.
+def open_shards(
+    subject: Subject, train: str | None, validation: str | None, passages: Path | None = None, *, needed: bool = True
+) -> Shards:
+    """The shards named on the command line, else those of the run; `needed`: held-out ones must be known.
 
     Raises:
         DataError: none are known, they are damaged, or of another tokenizer.
@@ -110,9 +127,11 @@ def open_shards(subject: Subject, train: str | None, validation: str | None) -> 
     own_train, own_validation = _own_shards(subject)
     where: Location | None = train or own_train
     validation = validation or own_validation
+    if not needed:
+        return Shards(None, None, passages)
     if validation is None:
         raise DataError(f"evaluate: {subject.folder} knows of no held-out shards; name them by --validation")
-    shards = Shards(None if where is None else open_corpora(where, config), open_corpora(validation, config))
+    shards = Shards(None if where is None else open_corpora(where, config), open_corpora(validation, config), passages)
     for corpora in (shards.train, shards.validation):
         found = None if corpora is None else corpora.manifest.tokenizer_sha256
         if found is not None and subject.tokenizer_sha256 not in (None, found):
@@ -138,7 +157,7 @@ def run_tasks(subject: Subject, shards: Shards, names: list[str], device: torch.
     Raises:
         CheckpointError: a task does not fit the model.
     """
-    subject.backbone.to(device)
+    (subject.backbone if subject.loaded is None else subject.loaded.model).to(device)  # with what the objective adds
     results: dict[str, float] = {}
     for name in names:
         results |= _TASKS[name](subject, shards, device)
@@ -169,12 +188,44 @@ def _heldout(subject: Subject, shards: Shards, device: torch.device) -> dict[str
 def _objective_means(loaded: LoadedCheckpoint, shards: Shards, device: torch.device) -> dict[str, float]:
     config, progress = loaded.config, loaded.meta["progress"]
     model = loaded.model.to(device)
-    spent = Budget.from_section(config.budget).fraction(
+    spent = Budget.from_section(config.budget, progress.get("prelude_seconds", 0.0)).fraction(
         steps=progress["step"], tokens=progress["tokens"], seconds=progress["seconds"]
     )
     model.set_progress(progress["step"], min(1.0, spent))
     rows = make_plan(config, loaded.meta["world_size"]).micro_batch_size
     return _means(model, shards, build_collator(config, loaded.tokenizer), config, rows, device)
+
+
+def _last_word(subject: Subject, shards: Shards, device: torch.device) -> dict[str, float]:
+    backbone, info = subject.backbone, subject.tokenizer
+    if not backbone.is_causal:
+        raise CheckpointError(
+            f"{subject.folder}: found {type(backbone.model).__name__}, task last-word expects a causal model, which predicts "
+            "from what stands before; name a decoder, or other --tasks"
+        )
+    manifest = shards.held_out.manifest if shards.held_out is not None else _own_manifest(subject)
+    reader = PassageReader(
+        load_for_text(subject.folder if subject.loaded is None else subject.loaded.tokenizer_dir),
+        info,
+        begins_behind_end=manifest is not None and manifest.kind == "rows",
+        longest=longest_input(backbone.model) or MAX_LENGTH,
+    )
+    if shards.passages is not None:
+        how = text_normalization(subject.run_dir, subject.config.prepare.normalize)
+        passages = read_passages(shards.passages, reader, how)
+    else:
+        passages = cut_passages(shards.validation, reader, samples=_PASSAGES)
+    if not passages:
+        raise DataError(
+            f"evaluate: task last-word: found no passage in {shards.validation.name}, whose rows have too few words; name a file "
+            "of passages by --last-word"
+        )
+    objective = None if subject.loaded is None else subject.loaded.model.objective
+    return last_word_scores(backbone, heads_of(backbone, objective), passages, info.pad_id, device)
+
+
+def _own_manifest(subject: Subject) -> Manifest | None:
+    return None if subject.run_dir is None else read_copy(subject.run_dir)
 
 
 def _means(
@@ -194,4 +245,5 @@ def _means(
 _TASKS: dict[str, Callable[[Subject, Shards, torch.device], dict[str, float]]] = {
     "heldout": _heldout,
     "yardsticks": _yardsticks,
+    "last-word": _last_word,
 }

@@ -319,7 +319,8 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str) -
         faults += [f"{len(strange)} unknown ({_some(strange)})"] if strange else []
         raise CheckpointError(
             f"model.init_from: {source} is not a checkpoint of {type(model).__name__}: {', '.join(faults)}; expected "
-            "every weight and no other; give one that was saved with its language-model head"
+            "every weight and no other; give one that was saved with its language-model head, or train a head onto a headless "
+            "one by objective.name=cwt with objective.recover_from=0.01"
         )
     if unexpected:
         _log.warning("model.init_from: weights of other heads in %s stay unused: %s", source, _some(unexpected))

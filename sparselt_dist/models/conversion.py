@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparselt_dist.data.tokenizer import tokenizer_info
 from sparselt_dist.errors import CheckpointError, DataError
-from sparselt_dist.models.exporting import CARD
+from sparselt_dist.models.exporting import CARD, no_progress_bars
 from sparselt_dist.models.objective_weights import MARKER, OBJECTIVE_FILE
 from sparselt_dist.models.official_files import TOKENIZER_FILES, OfficialFiles, read_official
 from sparselt_dist.models.official_layouts import Expected, Kind, Layout, find_layout
@@ -141,8 +140,8 @@ def _write(conversion: Conversion, tokenizer_dir: Path | None, model: PreTrained
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(partial)
+        with no_progress_bars():
+            model.save_pretrained(partial)
         if matched.objective:
             save_file({name: _stored(value) for name, value in matched.objective.items()}, partial / OBJECTIVE_FILE)
         if tokenizer_dir is not None:

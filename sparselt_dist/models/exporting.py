@@ -2,7 +2,8 @@
 
 The folder is written beside its place and renamed into it, so that it is there as a whole or not at all. A folder that
 an export of the same run left is replaced; any other that is not empty is refused. `sparselt_export.json` says whose it
-is; `objective.safetensors` holds parameters of the objective that no Hugging Face class has.
+is; `objective.safetensors` holds parameters of the objective that no Hugging Face class has. What an objective adds to the
+input embeddings is folded into them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -28,11 +30,15 @@ from sparselt_dist.errors import CheckpointError
 from sparselt_dist.journal import Journal
 from sparselt_dist.models.backbone import Backbone
 from sparselt_dist.models.construction import POSITIONS_AFTER_PADDING
+from sparselt_dist.models.folding import fold_inputs
+from sparselt_dist.models.head_export import with_exported_head
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint
 from sparselt_dist.models.model_card import ModelFacts, model_card
 from sparselt_dist.models.objective_weights import MARKER, OBJECTIVE_FILE
 
 CARD = "README.md"
+_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 def export_checkpoint(checkpoint: Path, output_dir: Path, *, metrics: Mapping[str, float] | None = None) -> Path:
@@ -46,24 +52,35 @@ def export_checkpoint(checkpoint: Path, output_dir: Path, *, metrics: Mapping[st
     """
     check_target(output_dir, _run_id(checkpoint.resolve().parent.parent))
     loaded = load_checkpoint(checkpoint)
+    is_whole = fold_inputs(loaded.model)
+    if not is_whole:
+        _LOG.warning(
+            "export: the model in %s lacks what objective %s adds to the input embeddings, which depends on context; "
+            "evaluate the run's checkpoint instead",
+            output_dir,
+            loaded.config.objective.name,
+        )
+    head = with_exported_head(loaded.model)
+    if head.is_missing:
+        _LOG.warning("export: %s: the recovered head is %s", output_dir, head.note)
     meta, config = loaded.meta, loaded.config
     recorded = recorded_metrics(loaded.run_dir, meta["step"]) if metrics is None else metrics
     card = model_card(
         config,
         _training_manifest(loaded.run_dir, meta["data_manifest_sha256"]),
-        model_facts(loaded.model.backbone, loaded.tokenizer_dir),
+        model_facts(head.backbone, loaded.tokenizer_dir),
         progress={"step": meta["step"], "tokens": meta["tokens"], "seconds": meta["progress"]["seconds"]},
         data_sha256=meta["data_manifest_sha256"],
         metrics=recorded,
     )
     return export_model(
-        loaded.model.backbone,
+        head.backbone,
         loaded.tokenizer_dir,
         output_dir,
-        card,
+        card + (f"\nThe recovered head is {head.note}.\n" if head.note else ""),
         run_id=_run_id(loaded.run_dir),
         objective_state=dict(loaded.model.objective.state_dict()),
-        facts=_marker_facts(loaded),
+        facts={**_marker_facts(loaded), "is_whole": is_whole} | ({"head": head.note} if head.note else {}),
     )
 
 
@@ -95,7 +112,7 @@ def export_model(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with _no_progress_bars():
+        with no_progress_bars():
             backbone.model.save_pretrained(partial)
         _write_tokenizer(backbone, tokenizer_dir, partial)
         if objective_state:
@@ -251,7 +268,8 @@ def _mask_token(tokenizer_dir: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Inside, transformers shows none."""
     controls = transformers.utils.logging
     shown = controls.is_progress_bar_enabled()
     controls.disable_progress_bar()

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from sparselt_dist.errors import PluginError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor, nn
 
     from sparselt_dist.data.batch import Batch, Example
@@ -33,6 +35,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "mlm": ("sparselt_dist.objectives.mlm", "masked language modelling (BERT, RoBERTa, cramming)"),
     "cwt": ("sparselt_dist.objectives.cwt", "contrastive weight tying: headless models, masked or causal"),
     "slt": ("sparselt_dist.objectives.slt", "sparse latent typing: MLM, latent token types and reconstruction"),
+    "dac": ("sparselt_dist.objectives.dac", "dependency agreements in the embeddings: a stage of its own, then MLM"),
     "mix": ("sparselt_dist.objectives.mix", "weighted mixtures and schedules of other objectives"),
 }
 
@@ -113,6 +116,75 @@ class SharesStatistics(Protocol):
 
     def set_statistics(self, total: Tensor | None) -> None:
         """The sum [S] over the step that begins; None: it has one micro-batch, which is its own whole."""
+
+
+class PreludeStopped(Exception):
+    """A stop was asked for during a prelude, nothing of which is kept."""
+
+
+@dataclass(frozen=True)
+class PreludeSetting:
+    """What a prelude may see of the run."""
+
+    shards: str
+    """The training shards, for messages."""
+    shard_folder: Path | None
+    """Where they lie; None unless they are one prepared folder of this machine, and all of it."""
+    tokenizer: TokenizerInfo
+    tokenizer_sha256: str
+    count_pieces: Callable[[], np.ndarray]
+    """How often each piece occurs in some millions of ids of the shards, int64 [V]; 0 for special ids."""
+    seed: int
+    device: torch.device
+    budget_seconds: float | None
+    """The run's whole budget, if it is one of time."""
+    max_seconds: float
+    """What the prelude may take whatever its own settings say."""
+    keep_going: Callable[[], None]
+    """To be called before every step of some seconds at most; raises `PreludeStopped` where a stop was asked for."""
+    clock: Callable[[], float]
+    """Seconds."""
+
+
+class PreludeReport(NamedTuple):
+    """What a prelude says of itself, named without the objective's prefix."""
+
+    metrics: dict[str, float]
+    """Finite numbers for the journal."""
+    facts: dict[str, float | str]
+    """For the summary."""
+
+
+@runtime_checkable
+class Prelude(Protocol):
+    """What an objective module adds that makes something of the training text before the first step of a new run.
+
+    It runs once, on rank 0, before the engine is built; its seconds belong to the budget. Its result is what it leaves in
+    the module's parameters and persistent buffers, which all ranks then get and checkpoints keep: a resume runs none.
+    """
+
+    has_prelude: bool
+
+    def check_prelude(self, setting: PreludeSetting) -> None:
+        """Raise ConfigError or DataError if it cannot run; cheap, before any of the budget is spent."""
+
+    def run_prelude(self, setting: PreludeSetting) -> PreludeReport:
+        """Run it. Raises PreludeStopped, ConfigError, DataError."""
+
+
+InputChange = Literal["none", "table", "context"]
+
+
+@runtime_checkable
+class ChangesInputs(Protocol):
+    """What an objective module adds that changes what the backbone's input embeddings give."""
+
+    @property
+    def input_change(self) -> InputChange:
+        """none; table: to a vector that depends on the id alone, so that it folds into one table; context: to another."""
+
+    def release_inputs(self) -> None:
+        """Let the input embeddings be as they are without the objective, and drop the parts that changed them."""
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from sparselt_dist.data.batch import IGNORE_INDEX, Batch
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.objectives.base import API_VERSION, Collator, LossOutput, TokenizerInfo, register
+from sparselt_dist.objectives.cost import Workload, expected_distinct
 from sparselt_dist.objectives.cwt_collation import make_collator
 from sparselt_dist.objectives.cwt_head import RecoveredHead
 from sparselt_dist.objectives.linear_cross_entropy import (
@@ -183,6 +184,13 @@ class CWTModule(nn.Module):
         """Recovery begins at a share of the budget."""
         self._recovers = self._cfg.recover_from is not None and progress >= self._cfg.recover_from
 
+    def exported_head(self, backbone: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """Matrix [V, D] and bias [V] of the recovered head, for an export; None where there is none (yet)."""
+        if self.head is None or not bool(self.head.started):
+            return None
+        with torch.no_grad():
+            return self.head.table_and_bias(_table(backbone))
+
     def forward(self, backbone: nn.Module, batch: Batch) -> LossOutput:
         packed = {key: batch[key] for key in _PACKED_KEYS if key in batch}
         hidden_BLD = backbone(batch["input_ids"], attention_mask=batch["attention_mask"], **packed)
@@ -276,6 +284,18 @@ class CWT:
 
     def needs_lm_head(self, cfg: CWTConfig) -> bool:
         return cfg.cross_entropy_weight > 0
+
+    def flops_per_token(self, cfg: CWTConfig, work: Workload) -> float:
+        """FLOPs of a token: scores against the columns of the contrast, and the head's for its share of the budget."""
+        rivals = (
+            work.targets_per_token * work.micro_batch_tokens * (work.world_size if cfg.negatives == "global" else 1)
+        )
+        columns = rivals if cfg.form == "full" else expected_distinct(rivals, work.vocab_size)
+        contrast = work.targets_per_token * work.scores(columns) if cfg.contrastive_weight > 0 else 0.0
+        pretraining = contrast + (work.head if cfg.cross_entropy_weight > 0 else 0.0)
+        recovery = work.targets_per_token * work.scores(work.vocab_size)
+        share = 0.0 if cfg.recover_from is None else 1.0 - cfg.recover_from
+        return work.encoding + (1 - share) * pretraining + share * recovery
 
     def build_collator(self, cfg: CWTConfig, tokenizer: TokenizerInfo) -> Collator:
         return make_collator(cfg, tokenizer)

@@ -16,6 +16,8 @@ its parameters' memory, and its gradients are zero.
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,14 @@ from sparselt_dist.objectives.linear_cross_entropy import (
     is_half_autocast,
     rows_at_once,
 )
+
+
+@runtime_checkable
+class HoldsHead(Protocol):
+    """What an objective module adds that predicts words by a head of its own, of the body's hidden states h."""
+
+    def exported_head(self, backbone: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """Matrix T [V, D] and bias b [V] of logits h T^T + b, for an export; None where there is none (yet)."""
 
 
 class LearnedChange(nn.Module):

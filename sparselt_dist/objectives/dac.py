@@ -4,98 +4,55 @@
 
 x_t are the ids that the encoder sees, masks included, whose rows of Z are 0: no parse and no original id enters. Z is frozen;
 W starts at N(0, 1/32^2), so the new term starts at half the size of a word embedding, and gamma at 1. The head stays tied
-to E alone. As the term is a table look-up, it folds into the word embeddings after training (`folded_embedding`): a model
-without DAC's parts whose input and output tables differ by a matrix of low rank.
+to E alone. As the term is a table look-up, it folds into the word embeddings after training: a model without DAC's parts
+whose input and output tables differ by a matrix of low rank. Z is made in stage 1, which a new run begins with
+(`dac_prelude.py`). With `variant: contextual` the state of a frozen tagger stands where the row of Z does, and nothing folds.
 
 A reconstruction from the abstract of Kuo, Zhang, Chen 2023 (arXiv 2311.04799), which states that embeddings of dependency
 agreements are used in tandem with the conventional ones; how they are combined is not known.
 
-Shapes: B rows, L positions, D hidden, V vocabulary, R families, M table width.
+Shapes: B rows, L positions, N targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparselt_dist.data.batch import Batch, Example
 from sparselt_dist.errors import ConfigError
-from sparselt_dist.objectives.base import API_VERSION, Collator, LossOutput, TokenizerInfo
-from sparselt_dist.objectives.dac_tables import AgreementTable
+from sparselt_dist.objectives.base import API_VERSION, Collator, InputChange, LossOutput, TokenizerInfo, register
+from sparselt_dist.objectives.dac_contextual import LAYERS, TAPS
+from sparselt_dist.objectives.dac_contextual_embedding import ContextualAgreement
+from sparselt_dist.objectives.dac_embedding import AgreementEmbedding, make_combination
 from sparselt_dist.objectives.mlm import POSITIONS_KEY as MLM_POSITIONS_KEY
 from sparselt_dist.objectives.mlm import MLMCollator, MLMModule
 from sparselt_dist.objectives.settings import DACConfig
 
+if TYPE_CHECKING:
+    from sparselt_dist.objectives.base import PreludeReport, PreludeSetting
+    from sparselt_dist.objectives.cost import Workload
+
 POSITIONS_KEY = "dac/positions"  # [N] int64: places of the targets in the flattened [B * L] batch, ascending
-PROJECTION_STD = 1 / 32
 
 
-class AgreementEmbedding(nn.Module):
-    """W concat_r(gamma_r Z_r[x]): what is added to the word embeddings. New tables are zero."""
-
-    def __init__(
-        self, vocab_size: int, hidden_size: int, families: int, width: int, *, trainable: bool = False
-    ) -> None:
-        super().__init__()
-        # a token's rows of all families lie side by side: one gather of 512 bytes
-        tables_VRM = torch.zeros(vocab_size, families, width, dtype=torch.float32 if trainable else torch.float16)
-        self.tables_VRM: Tensor
-        if trainable:
-            self.tables_VRM = nn.Parameter(tables_VRM)
-        else:
-            self.register_buffer("tables_VRM", tables_VRM)
-        self.gains_R = nn.Parameter(torch.ones(families))
-        self.projection = nn.Linear(families * width, hidden_size, bias=False)
-        nn.init.normal_(self.projection.weight, std=PROJECTION_STD)
-
-    @torch.no_grad()
-    def load(self, tables: Sequence[AgreementTable]) -> None:
-        """Take the tables of stage 1, one a family, in the order of the families.
-
-        Raises:
-            ConfigError: other tables than this model is made for.
-        """
-        found = [tuple(table.table_VM.shape) for table in tables]
-        vocab_size, families, width = self.tables_VRM.shape
-        expected = [(vocab_size, width)] * families
-        if found != expected:
-            raise ConfigError(
-                f"objective dac: found agreement tables of sizes {found}, expected {expected} (families x vocabulary x width); "
-                "make them from these shards, with objective.families and objective.table_width of this run"
-            )
-        self.tables_VRM.copy_(torch.stack([table.table_VM for table in tables], dim=1))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """ids [...] int64 to the term [..., D], in the dtype of W."""
-        rows = self.tables_VRM[input_ids].to(self.projection.weight.dtype)  # [..., R, M]
-        term: Tensor = self.projection((rows * self.gains_R[:, None]).flatten(-2))
-        return term
-
-    def attach(self, embedding: nn.Module) -> RemovableHandle:
-        """Add the term to what a table of word embeddings returns; a head tied to its weight is not touched.
-
-        The look-up is hooked rather than replaced, so every architecture, its tying and its checkpoints stay as they are.
-        """
-        return embedding.register_forward_hook(self._add)
-
-    def _add(self, embedding: nn.Module, inputs: tuple[Tensor, ...], words: Tensor) -> Tensor:
-        sum_BLD: Tensor = words + self(inputs[0]).to(words.dtype)
-        return sum_BLD
+Term = AgreementEmbedding | ContextualAgreement
 
 
-@torch.no_grad()
-def folded_embedding(words_VD: Tensor, agreement: AgreementEmbedding) -> Tensor:
-    """E' = E + concat_r(gamma_r Z_r) W^T [V, D]: the input table of a model without the agreement's parts.
-
-    The head goes on to use E, so such a model must be untied. A vocabulary padded beyond the tables keeps its other rows.
-    """
-    known = len(agreement.tables_VRM)
-    folded_VD = words_VD.clone()
-    folded_VD[:known] += agreement(torch.arange(known, device=words_VD.device)).to(words_VD.dtype)
-    return folded_VD
+def attached_term(cfg: DACConfig, backbone: nn.Module) -> tuple[Term, list[RemovableHandle]]:
+    """The module of the configured term, attached to a backbone, and what holds it there."""
+    words = cast(nn.Module, backbone.get_input_embeddings())  # type: ignore[operator]
+    width = int(getattr(words, "embedding_dim", backbone.hidden_size))  # type: ignore[arg-type]
+    sizes = int(backbone.vocab_size), width, len(cfg.families), cfg.table_width  # type: ignore[arg-type]
+    combination = make_combination(cfg, width)
+    if cfg.variant == "static":
+        term = AgreementEmbedding(*sizes, trainable=cfg.trainable_tables, combination=combination)
+        return term, [term.attach(words)]
+    reader = ContextualAgreement(*sizes, combination=combination)
+    body = cast(nn.Module, getattr(backbone, "body", backbone))
+    return reader, [reader.attach(words), *reader.follow_positions(body)]
 
 
 class DACCollator:
@@ -112,18 +69,43 @@ class DACCollator:
 
 
 class DACModule(MLMModule):
-    """Masked language modelling on a backbone whose embeddings carry the agreement term."""
+    """Masked language modelling on a backbone whose word embeddings are joined by the agreement term."""
+
+    has_prelude = True
 
     def __init__(self, cfg: DACConfig, backbone: nn.Module) -> None:
         super().__init__(chunked=cfg.cross_entropy == "chunked")
-        sizes = int(backbone.vocab_size), int(backbone.hidden_size)  # type: ignore[arg-type]
-        self.agreement = AgreementEmbedding(*sizes, len(cfg.families), cfg.table_width, trainable=cfg.trainable_tables)
-        self.agreement.attach(backbone.get_input_embeddings())  # type: ignore[operator]
+        self._cfg = cfg
+        self.agreement, self._holds = attached_term(cfg, backbone)
 
     def forward(self, backbone: nn.Module, batch: Batch) -> LossOutput:
         if POSITIONS_KEY in batch:
             batch = {**batch, MLM_POSITIONS_KEY: batch[POSITIONS_KEY]}
         return super().forward(backbone, batch)
+
+    def check_prelude(self, setting: PreludeSetting) -> None:
+        """Raises ConfigError or DataError: stage 1 has no agreements that fit."""
+        from sparselt_dist.objectives.dac_prelude import check_agreements
+
+        check_agreements(self._cfg, setting)
+
+    def run_prelude(self, setting: PreludeSetting) -> PreludeReport:
+        """Stage 1: the tables, from the agreements of the training shards."""
+        from sparselt_dist.objectives.dac_prelude import run_stage1
+
+        return run_stage1(self._cfg, self.agreement, setting)
+
+    @property
+    def input_change(self) -> InputChange:
+        """What the term does to the input embeddings; none once they are released."""
+        return self.agreement.input_change if hasattr(self, "agreement") else "none"
+
+    def release_inputs(self) -> None:
+        """Take the term away, with its tables and weights."""
+        if hasattr(self, "agreement"):
+            for hold in self._holds:
+                hold.remove()
+            del self.agreement
 
 
 class DAC:
@@ -136,6 +118,16 @@ class DAC:
     def needs_lm_head(self, cfg: DACConfig) -> bool:
         return True
 
+    def flops_per_token(self, cfg: DACConfig, work: Workload) -> float:
+        """As masked language modelling, and the term: a product that gives gradients to W alone, and what stands around it."""
+        columns, width = len(cfg.families) * cfg.table_width, work.hidden_size
+        extra = (6.0 if cfg.trainable_tables else 4.0) * columns * width
+        if cfg.variant == "contextual":
+            extra += 2.0 * LAYERS * TAPS * columns * cfg.table_width
+        if cfg.combination == "concatenate":
+            extra += 6.0 * width * width
+        return work.usual + extra
+
     def build_collator(self, cfg: DACConfig, tokenizer: TokenizerInfo) -> Collator:
         return DACCollator(cfg, tokenizer)
 
@@ -147,3 +139,6 @@ class DAC:
                 "expected an encoder: set model.architecture to crammed-bert, bert, roberta or modernbert"
             )
         return DACModule(cfg, backbone)
+
+
+register(DAC())

@@ -5,6 +5,7 @@ A reconstruction; see `objectives/dac_submodels.py`. Shapes: N pairs, S pieces o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparselt_dist.objectives.dac_submodels import FitReport, Pairs, Submodel, fit_submodel, pairs_from_arrays
+from sparselt_dist.objectives.dac_fit import FitReport
+from sparselt_dist.objectives.dac_submodels import Pairs, Submodel, fit_submodel, pairs_from_arrays
 from sparselt_dist.objectives.dac_tables import AgreementTable, export_table, permuted_rows, random_rows
-from sparselt_dist.objectives.settings import DACConfig
+from sparselt_dist.objectives.settings import DACConfig, Family
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,22 @@ class Stage1:
     """The tables, in the order of `cfg.families`, and what they took."""
 
     tables: list[AgreementTable]
-    reports: dict[str, FitReport]
+    reports: dict[Family, FitReport]
     seconds: float
 
     def metrics(self) -> dict[str, float]:
-        """For the journal: contrast in nats, coverage as a share of running tokens."""
+        """For the journal: seconds and steps, contrast in nats (of a family that made a step), coverage as a share of
+        running tokens."""
         named: dict[str, float] = {"stage1_seconds": self.seconds}
         for table, (family, report) in zip(self.tables, self.reports.items(), strict=True):
-            named |= {f"{family}/contrast": report.contrast, f"{family}/coverage": table.coverage}
+            named |= {f"{family}/steps": report.steps, f"{family}/coverage": table.coverage}
+            if math.isfinite(report.loss):
+                named[f"{family}/contrast"] = report.loss
         return named
 
 
 def make_tables(
-    read: Callable[[str], StoredFamily],
+    read: Callable[[Family], StoredFamily],
     cfg: DACConfig,
     *,
     frequencies_V: Tensor,
@@ -52,6 +57,7 @@ def make_tables(
     max_seconds: float,
     device: torch.device,
     clock: Callable[[], float] = time.monotonic,
+    keep_going: Callable[[], None] = lambda: None,
 ) -> Stage1:
     """Train a submodel for each family and export its table, or that of the configured control.
 
@@ -64,13 +70,14 @@ def make_tables(
         max_seconds: of all families together; what one leaves is shared by those after it.
         device: where submodels are trained.
         clock: in seconds.
+        keep_going: called before each step; may raise.
 
     Raises:
         DataError: a family has no pairs, or hardly any.
     """
     started = clock()
     tables: list[AgreementTable] = []
-    reports: dict[str, FitReport] = {}
+    reports: dict[Family, FitReport] = {}
     for number, family in enumerate(cfg.families):
         stored = read(family)
         pairs = pairs_from_arrays(stored.arrays, words_only=cfg.sides == "words")
@@ -80,7 +87,9 @@ def make_tables(
             torch.manual_seed(seed + number)
             submodel = Submodel(len(frequencies_V), stored.num_labels, cfg.table_width, cfg.stage1_label_weight)
         share = (max_seconds - (clock() - started)) / (len(cfg.families) - number)
-        reports[family] = fit_submodel(submodel.to(device), pairs, cfg, seed=seed, max_seconds=share, clock=clock)
+        reports[family] = fit_submodel(
+            submodel.to(device), pairs, cfg, seed=seed, max_seconds=share, clock=clock, keep_going=keep_going
+        )
         used_V = pairs_by_piece(pairs, len(frequencies_V))
         table = export_table(submodel.table.weight.cpu(), frequencies_V, used_V, special_ids, family)
         tables.append(_control(table, cfg, frequencies_V, seed + number))

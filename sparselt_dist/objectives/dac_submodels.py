@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,14 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparselt_dist.errors import DataError
+from sparselt_dist.objectives.dac_fit import FitReport, fit, index_batches
 from sparselt_dist.objectives.settings import DACConfig
 
 ROOT_WEIGHT = 2.0
 INITIAL_STD = 0.02
 INITIAL_TEMPERATURE = 0.07
 TEMPERATURES = (0.01, 1.0)
-WARMUP = 0.02
-_BETAS, _EPS = (0.9, 0.98), 1e-8
 
 
 class Sides(NamedTuple):
@@ -212,14 +211,6 @@ def contrastive_loss(scores_NN: Tensor, same_NN: Tensor, flipped_N: Tensor) -> T
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-class FitReport(NamedTuple):
-    """What the training of a submodel took and gave."""
-
-    steps: int
-    seconds: float
-    contrast: float  # nats, mean over the last tenth of the steps
-
-
 def fit_submodel(
     submodel: Submodel,
     pairs: Pairs,
@@ -228,59 +219,34 @@ def fit_submodel(
     seed: int,
     max_seconds: float = math.inf,
     clock: Callable[[], float] = time.monotonic,
+    keep_going: Callable[[], None] = lambda: None,
 ) -> FitReport:
     """Train a submodel in place on its own device; stops after the configured passes or minutes, or `max_seconds`.
 
-    The rate warms up over 2 % and falls by a cosine to 0, over the steps or the clock, whichever is further. As long as the
-    clock is not what ends it, the result is a function of the pairs and the seed.
+    `keep_going` is called before each step, and may raise. See `dac_fit.py`; the loss it reports is the contrast.
 
     Raises:
         DataError: there is no pair.
     """
-    started = clock()
     if not len(pairs):
         raise DataError(
             "objective dac: a family has no pair, expected some thousands; prepare more text, or leave the family out of "
             "objective.families"
         )
-    limit = min(60 * cfg.stage1_max_minutes, max_seconds)
     size = min(cfg.stage1_pairs_per_step, len(pairs))
-    total_steps = len(pairs) // size * cfg.stage1_max_passes
-    table = [submodel.table.weight]
-    rest = [parameter for parameter in submodel.parameters() if parameter is not table[0]]
-    peaks = (cfg.stage1_table_lr, cfg.stage1_peak_lr)
-    groups = [{"params": params, "lr": peak} for params, peak in zip((table, rest), peaks, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=_EPS, weight_decay=0.0)
-    losses: list[Tensor] = []
-    elapsed = step_seconds = 0.0
-    for chosen in _batches(len(pairs), size, cfg.stage1_max_passes, seed):
-        now = clock() - started
-        step_seconds, elapsed = now - elapsed, now
-        if elapsed + step_seconds > limit:  # another step would end too late
-            break
-        fraction = max(len(losses) / total_steps, elapsed / limit)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate_at(fraction)
+
+    def losses(chosen: Tensor) -> tuple[Tensor, Tensor]:
         loss = submodel(pairs.batch(chosen).to(submodel.table.weight.device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        optimizer.step()
-        submodel.keep_temperature_in_range()
-        losses.append(loss.contrast.detach())
-    last = losses[-max(1, len(losses) // 10) :]
-    return FitReport(len(losses), clock() - started, float(torch.stack(last).mean()) if last else math.nan)
+        return loss.total, loss.contrast
 
-
-def _batches(count: int, size: int, passes: int, seed: int) -> Iterator[Tensor]:
-    """Indices of each step; every pass has its own order, and leaves out the rest that fills no batch."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(passes):
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count // size * size].split(size)
-
-
-def rate_at(fraction: float) -> float:
-    """Multiplier of the learning rate at a share [0, 1] of the training."""
-    if fraction < WARMUP:
-        return fraction / WARMUP
-    return 0.5 * (1 + math.cos(math.pi * (fraction - WARMUP) / (1 - WARMUP)))
+    return fit(
+        submodel,
+        index_batches(len(pairs), size, cfg.stage1_max_passes, seed),
+        losses,
+        cfg,
+        total_steps=len(pairs) // size * cfg.stage1_max_passes,
+        max_seconds=max_seconds,
+        clock=clock,
+        after_step=submodel.keep_temperature_in_range,
+        keep_going=keep_going,
+    )

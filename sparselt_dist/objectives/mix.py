@@ -16,6 +16,7 @@ optimizers and ZeRO stages would each treat in their own way (stage 3 keeps the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -28,9 +29,14 @@ from sparselt_dist.data.randomness import combine, purpose_key
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.objectives.base import (
     API_VERSION,
+    ChangesInputs,
     Collator,
+    InputChange,
     LossOutput,
     Objective,
+    Prelude,
+    PreludeReport,
+    PreludeSetting,
     SharesStatistics,
     SplitLossOutput,
     TokenizerInfo,
@@ -38,12 +44,15 @@ from sparselt_dist.objectives.base import (
     loss_terms,
     register,
 )
+from sparselt_dist.objectives.cost import Workload, declared_targets, flops_per_token
+from sparselt_dist.objectives.cwt_head import HoldsHead
 from sparselt_dist.objectives.settings import MixConfig, PartConfig
 
 _COMMON_KEYS = ("input_ids", "attention_mask", "labels", "num_targets", "num_tokens", "original_ids")
 _PACKED_KEYS = ("segment_ids", "position_ids")  # added to a batch after its collator
 _GOLDEN_RATIO = 0.6180339887498949
 _SEED_KEY = purpose_key("mix part")
+_SHARE_POINTS = 200  # of the budget, when the cost of a schedule is averaged
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
@@ -180,6 +189,45 @@ class MixModule(nn.Module):
         for (_, module), sums in zip(sharing, own, strict=True):
             module.set_statistics(sums)
 
+    # ---------------------------------------------------------------- before the first step, and after the last
+
+    def _with_prelude(self) -> list[tuple[Part, Prelude]]:
+        pairs = zip(self._places, self.parts, strict=True)
+        return [(part, module) for part, module in pairs if isinstance(module, Prelude) and module.has_prelude]
+
+    @property
+    def has_prelude(self) -> bool:
+        """Whether a part has one."""
+        return bool(self._with_prelude())
+
+    def check_prelude(self, setting: PreludeSetting) -> None:
+        """Raises ConfigError or DataError: that of a part cannot run."""
+        for _, module in self._with_prelude():
+            module.check_prelude(setting)
+
+    def run_prelude(self, setting: PreludeSetting) -> PreludeReport:
+        """The preludes of all parts, one after another."""
+        whole = PreludeReport({}, {})
+        for part, module in self._with_prelude():
+            report = module.run_prelude(setting)
+            whole.metrics.update({f"{part.label}/{name}": value for name, value in report.metrics.items()})
+            whole.facts.update({f"{part.label}/{name}": value for name, value in report.facts.items()})
+        return whole
+
+    @property
+    def input_change(self) -> InputChange:
+        """That of the part that changes inputs most."""
+        changes = {module.input_change for module in self.parts if isinstance(module, ChangesInputs)}
+        if "context" in changes:
+            return "context"
+        return "table" if "table" in changes else "none"
+
+    def release_inputs(self) -> None:
+        """All parts let the input embeddings be."""
+        for module in self.parts:
+            if isinstance(module, ChangesInputs):
+                module.release_inputs()
+
     # ---------------------------------------------------------------- the loss
 
     def forward(self, backbone: nn.Module, batch: Batch) -> SplitLossOutput:
@@ -196,6 +244,11 @@ class MixModule(nn.Module):
             terms[first] = terms[first] + self._idle(backbone, batch, factors)
         loss = torch.stack(list(terms.values())).sum()
         return SplitLossOutput(loss, metrics | self._own_metrics(loss, batch), terms)
+
+    def exported_head(self, backbone: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """That of the first part that has one."""
+        found = (part.exported_head(backbone) for part in self.parts if isinstance(part, HoldsHead))
+        return next((head for head in found if head is not None), None)
 
     def _idle(self, backbone: nn.Module, batch: Batch, factors: dict[int, float]) -> Tensor:
         """A zero attached to the parameters of the parts that are not computed, the vocabulary head's included."""
@@ -226,6 +279,16 @@ def turn_of(step: int, weights: Sequence[float]) -> int:
                 break
         point -= weight
     return chosen
+
+
+def computed_share(cfg: MixConfig, number: int) -> float:
+    """Share of the budget's steps, in (0, 1], in which a part is computed."""
+    shares = []
+    for point in range(_SHARE_POINTS):
+        weights = [section.weight_at((point + 0.5) / _SHARE_POINTS) for section in cfg.parts]
+        alternating = cfg.sharing == "alternate"
+        shares.append(weights[number] / sum(weights) if alternating else float(weights[number] > 0))
+    return sum(shares) / _SHARE_POINTS
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -265,6 +328,17 @@ class Mix:
 
     def needs_lm_head(self, cfg: MixConfig) -> bool:
         return any(objective.needs_lm_head(own) for _, objective, own in _objectives(cfg))
+
+    def flops_per_token(self, cfg: MixConfig, work: Workload) -> float:
+        """FLOPs of a token: those of each part, by the share of the budget's steps that compute it."""
+        total = 0.0
+        for number, (_, objective, own) in enumerate(_objectives(cfg)):
+            of_part = dataclasses.replace(work, has_head=work.has_head and objective.needs_lm_head(own))
+            if number > 0:  # the batch's targets are those of the first part
+                targets = declared_targets(own, is_causal=work.is_causal)
+                of_part = dataclasses.replace(of_part, targets_per_token=targets)
+            total += computed_share(cfg, number) * flops_per_token(objective, own, of_part)
+        return total
 
     def build_collator(self, cfg: MixConfig, tokenizer: TokenizerInfo) -> Collator:
         """Raises ConfigError: the tokenizer cannot serve a part."""

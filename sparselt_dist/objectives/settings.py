@@ -158,29 +158,52 @@ class SLTConfig(MLMConfig):
         return self
 
 
+Family = Literal["A1", "A2", "A3", "A4"]
+"""Of agreements; see `DACConfig.families`."""
+
+
 class DACConfig(MLMConfig):
     """Keys beside `objective.name: dac`: those of masked language modelling, and these."""
 
-    families: tuple[Literal["A1", "A2", "A3", "A4"], ...] = Field(
+    families: tuple[Family, ...] = Field(
         ("A1", "A2", "A3", "A4"),
         min_length=1,
         strict=False,
         description="agreements with a submodel of their own: A1 subject and verb, A2 verb and complement, "
         "A3 noun and modifier, A4 prepositional phrase",
     )
+    variant: Literal["static", "contextual"] = Field(
+        "static",
+        description="static: a piece's embedding is a row of a table; contextual: the state of a small convolutional tagger "
+        "that reads the corrupted row",
+    )
     table_width: int = Field(64, ge=1, description="width of each family's agreement embedding")
-    tables: Literal["trained", "random", "permuted", "shuffled-pairs"] = Field(
+    tables: Literal["trained", "random", "permuted", "shuffled-pairs", "window"] = Field(
         "trained",
         description="trained; or a control: random rows of the trained norms, trained rows permuted among words of like "
-        "frequency, trained on pairs with shuffled dependents",
+        "frequency, trained on pairs with shuffled dependents, trained on pairs of neighbouring words",
     )
     sides: Literal["chunks", "words"] = Field(
         "chunks", description="what a side of a pair is: its chunk, or its root word"
     )
     trainable_tables: bool = Field(False, description="train the tables along with the encoder (an ablation)")
+    combination: Literal["add", "gated", "concatenate"] = Field(
+        "add",
+        description="how the term joins a word's embedding: added, added times a gate that the embedding opens, or joined "
+        "to it before one linear layer; all start alike",
+    )
+    agreements_from: str | None = Field(
+        None, description="prepared shard folder whose agreements to use; null: that of data.train"
+    )
     stage1_pairs_per_step: int = Field(8192, ge=2, description="pairs of a step of stage 1")
     stage1_max_passes: int = Field(3, ge=1, description="passes over the pairs of a family")
-    stage1_max_minutes: float = Field(10.0, gt=0, description="wall clock of one family's submodel, within the budget")
+    stage1_max_minutes: float = Field(
+        10.0, ge=0, description="wall clock of one family's submodel; 0: the tables stay as they are drawn"
+    )
+    stage1_total_minutes: float = Field(40.0, ge=0, description="wall clock of all of stage 1")
+    stage1_max_share: float = Field(
+        0.1, gt=0, lt=1, description="most that stage 1 takes of budget.max_hours, to which its seconds belong"
+    )
     stage1_table_lr: float = Field(5e-3, gt=0, description="peak learning rate of the tables in stage 1")
     stage1_peak_lr: float = Field(1e-3, gt=0, description="peak learning rate of the rest of a submodel")
     stage1_label_weight: float = Field(0.1, ge=0, description="weight of the relation label's cross-entropy")
@@ -189,6 +212,16 @@ class DACConfig(MLMConfig):
     def _families_differ(self) -> DACConfig:
         if len(set(self.families)) < len(self.families):
             raise ValueError(f"families that differ (found {', '.join(self.families)})")
+        return self
+
+    @model_validator(mode="after")
+    def _variant_fits(self) -> DACConfig:
+        plain = self.tables in ("trained", "random") and self.sides == "chunks" and not self.trainable_tables
+        if self.variant == "contextual" and not plain:
+            raise ValueError(
+                "variant=contextual with tables=trained or random, sides=chunks and trainable_tables=false alone "
+                f"(found {self.tables}, {self.sides} and {str(self.trainable_tables).lower()})"
+            )
         return self
 
 
@@ -257,4 +290,10 @@ class MixConfig(BaseModel):
         return self
 
 
-BUILT_IN_SETTINGS: dict[str, type[BaseModel]] = {"mlm": MLMConfig, "slt": SLTConfig, "cwt": CWTConfig, "mix": MixConfig}
+BUILT_IN_SETTINGS: dict[str, type[BaseModel]] = {
+    "mlm": MLMConfig,
+    "slt": SLTConfig,
+    "cwt": CWTConfig,
+    "dac": DACConfig,
+    "mix": MixConfig,
+}

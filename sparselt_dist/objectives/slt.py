@@ -26,6 +26,7 @@ from sparselt_dist.data.batch import IGNORE_INDEX, Batch, Example
 from sparselt_dist.data.randomness import combine, purpose_key
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.objectives.base import API_VERSION, Collator, SplitLossOutput, TokenizerInfo, register
+from sparselt_dist.objectives.cost import Workload
 from sparselt_dist.objectives.gumbel import gumbel_noise
 from sparselt_dist.objectives.latent_typing import (
     LatentTyper,
@@ -316,6 +317,16 @@ class SLT:
 
     def needs_lm_head(self, cfg: SLTConfig) -> bool:
         return True
+
+    def flops_per_token(self, cfg: SLTConfig, work: Workload) -> float:
+        """FLOPs of a token: two passes and MLM's head, typer, decoder layer, and all next tokens over the vocabulary."""
+        typer = 2 * work.scores(cfg.num_types)  # scores of the types, and the mixture of their vectors
+        width, inner = work.hidden_size, work.inner_size
+        layer = 8 * work.scores(width) + 2 * work.scores(inner) + 2 * 12.0 * width * work.mean_length
+        rebuilt = (1 - 1 / max(work.mean_length, 1.0)) * (layer + work.scores(work.vocab_size))
+        again = cfg.regularizer_scope == "global-batch" and work.micro_batches > 1
+        statistics = (work.encoding + work.scores(cfg.num_types)) / 3 if again else 0.0  # forward alone
+        return 2 * work.encoding + work.head + typer + rebuilt + statistics
 
     def build_collator(self, cfg: SLTConfig, tokenizer: TokenizerInfo) -> Collator:
         return SLTCollator(cfg, tokenizer)

@@ -154,7 +154,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
 
 def test_the_main_job_continues_after_its_notice(cluster: SlurmCluster, tmp_path: Path) -> None:
     """Two nodes prepare, train, get notice, save, are requeued and finish the same run folder."""
-    steps = 300
+    steps = 150
     # A user's shell: an activated environment with sparselt_dist installed.
     env = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

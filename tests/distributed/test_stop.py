@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import Finished, pretrain_arguments, run_ranks
+from runs import Finished, pretrain_arguments, run_ranks, slow
 
 from sparselt_dist import checkpoint
 
@@ -58,26 +58,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in children if any(part.startswith("--local_rank=") for part in child.cmdline())]
 
 
-@pytest.mark.parametrize(
-    ("target", "number"),
-    [
-        ("command", signal.SIGTERM),
-        ("one rank", signal.SIGUSR1),
-        ("node launcher", signal.SIGTERM),
-    ],
-)
-def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str, number: signal.Signals) -> None:
-    folder = tmp_path / "run"
-    with started(shards, folder) as process:
-        rank_1 = ranks_of(process)[1]
-        if target == "command":
-            process.send_signal(number)
-        elif target == "one rank":
-            rank_1.send_signal(number)
-        else:
-            rank_1.parent().send_signal(number)
-        code = process.wait(timeout=120)
-    output = (tmp_path / "output").read_text()
+def assert_stopped_and_committed(code: int, folder: Path) -> None:
+    output = (folder.parent / "output").read_text()
     assert code == 75, output
     run = Finished(code, output, folder)
     assert run.summary["status"] == "stopped"
@@ -86,12 +68,24 @@ def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str
     checkpoint.verify(newest)
 
 
-def test_a_second_process_cannot_train_in_the_same_folder(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "number"), [("one rank", signal.SIGUSR1), slow("node launcher", signal.SIGTERM)])
+def test_stop_is_committed_and_says_75(shards: Path, tmp_path: Path, target: str, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    with started(shards, folder) as process:
+        rank_1 = ranks_of(process)[1]
+        told = rank_1 if target == "one rank" else rank_1.parent()
+        told.send_signal(number)
+        code = process.wait(timeout=120)
+    assert_stopped_and_committed(code, folder)
+
+
+def test_the_command_stops_and_meanwhile_no_second_process_trains_in_its_folder(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(shards, folder) as process:
         second = run_ranks(1, shards, folder, *LONG)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 75
+        code = process.wait(timeout=120)
+    assert_stopped_and_committed(code, folder)
     assert second.code == 2 and "another process trains in" in second.output
     steps = [line["step"] for line in second.journal]
     assert steps == list(range(1, len(steps) + 1))

@@ -182,7 +182,7 @@ def test_a_script_that_reports_nothing_keeps_the_stock_exit_code(start: Start) -
 
 def test_the_main_job_stops_on_request_and_continues(start: Start, tmp_path: Path) -> None:
     """Ctrl-C saves and gives 75; the same command again finishes, each step once in the journal."""
-    steps = 300
+    steps = 150
     command = ["--num_gpus", "2", "-m", "sparselt_dist.pretrain", *main_job_arguments(tmp_path, steps)]
     first = start(*command, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     wait_until(lambda: len(journal_steps(tmp_path)) >= 3, "three steps are trained", seconds=240)

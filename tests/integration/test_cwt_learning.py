@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ import torch.nn.functional as F
 from runs import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModelForCausalLM
 
-from sparselt_dist.objectives.cwt import contrastive_weight_tying_loss_from_ids
+from sparselt_dist import checkpoint, evaluate
+from sparselt_dist.models.loading import load_checkpoint
+from sparselt_dist.objectives.cwt import CWTModule, contrastive_weight_tying_loss_from_ids
+from sparselt_dist.objectives.cwt_head import RecoveredHead
 
 VOCABULARY, WIDTH = 64, 32
 
@@ -83,6 +88,32 @@ def test_raw_tied_logits_lack_the_unigram(num_targets: int, steps: int, contrast
     assert chain.cross_entropy(logits + chain.marginal_V.log()) < entropy + 0.03
 
 
+def check_export_and_last_words(run_dir: Path) -> None:
+    """The exported model predicts as the run does, and both score the same last words alike."""
+    exported = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
+    loaded = load_checkpoint(checkpoint.find(run_dir))
+    objective = cast(CWTModule, loaded.model.objective)
+    table_VD, bias_V = cast(RecoveredHead, objective.head).table_and_bias(loaded.model.backbone.get_input_embeddings())
+    ids_BL = torch.randint(5, 512, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = F.linear(loaded.model.backbone(ids_BL), table_VD, bias_V).log_softmax(dim=-1)
+        found = exported(input_ids=ids_BL).logits.log_softmax(dim=-1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    passages = run_dir / "passages.txt"
+    passages.write_text("the name of a function is the name of an object\nif the value is true then the\n")
+    scores = []
+    named = ["--last-word", str(passages)]
+    for arguments in ([run_dir, "--tasks", "last-word"], [run_dir, *named], [run_dir / "model", *named]):
+        assert evaluate.main(list(map(str, arguments))) == 0
+        scores.append(json.loads((run_dir / "results.json").read_text())["metrics"])
+    own, of_file, of_export = scores
+    assert own["last_word/passages"] > 20 and own["last_word/piece_perplexity"] < own["last_word/raw_piece_perplexity"]
+    assert of_file["last_word/passages"] == 2
+    for name, value in of_export.items():
+        assert value == pytest.approx(of_file[name], rel=0.01)
+    assert "last_word/raw_accuracy" in of_file and "last_word/raw_accuracy" not in of_export
+
+
 @pytest.mark.timeout(240)
 def test_a_decoder_learns_without_a_head_and_recovers_one(shards: Path, tmp_path: Path) -> None:
     """One run and one budget: contrast falls, then cross-entropy falls from below the uniform guess."""
@@ -98,8 +129,7 @@ def test_a_decoder_learns_without_a_head_and_recovers_one(shards: Path, tmp_path
     assert np.mean(contrast[-5:]) < np.mean(contrast[:5]) - 0.1
     assert np.mean(entropy[-5:]) < np.mean(entropy[:5]) and entropy[0] < np.log(512)
     assert run.journal[-1]["eval/cross_entropy"] == pytest.approx(run.journal[-1]["eval/loss"])
-    model = AutoModel.from_pretrained(tmp_path / "model")
-    assert not [name for name, _ in model.named_parameters() if "embed_out" in name]
+    check_export_and_last_words(tmp_path)
     head = load_file(tmp_path / "model" / "objective.safetensors")
     assert head.keys() == {"head.started", "head.token_counts", "head.bias_change.weight"}
     assert bool(head["head.started"]) and int(head["head.token_counts"].sum()) > 30 * 8 * 20

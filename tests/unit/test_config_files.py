@@ -31,14 +31,21 @@ def test_the_shipped_names() -> None:
 
 
 @pytest.mark.parametrize("name", list_profiles())
-def test_every_profile_loads_splits_and_resolves(name: str) -> None:
-    config = load_config([name], [])
+def test_every_profile_loads_splits_and_resolves(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    config = load_config([name], [f"model.init_from={tmp_path}"] if name == "slt-continue" else [])
     plan = make_plan(config, 2)
     assert plan.micro_batch_size * plan.accumulation_steps * 2 == config.train.global_batch_size
     assert resolve_deepspeed(config, plan)["train_batch_size"] == config.train.global_batch_size
     assert config.run.name == name
     assert profile_text(name).startswith("# ")
     assert len(list_profiles()[name]) > 20
+
+
+def test_the_profile_that_continues_a_checkpoint_never_starts_from_nothing() -> None:
+    with pytest.raises(ConfigError, match=r'model\.init_from: found "CHECKPOINT", expected a local checkpoint'):
+        load_config(["slt-continue"], [])
+    assert load_config(["slt-continue"], [], for_training=False).prepare.packing == "documents"  # `prepare` needs none
 
 
 def test_the_crammed_profile_is_the_published_recipe() -> None:

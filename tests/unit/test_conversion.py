@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from official_states import (
     ARCH,
     BERT_CONFIG,
@@ -103,6 +104,13 @@ def test_sparselt_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(
         module.decoder.head(states, backbone.get_input_embeddings()), logits, atol=1e-5, rtol=1e-5
     )
+
+
+def test_progress_bars_are_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    controls = transformers.utils.logging
+    monkeypatch.setattr(controls, "_tqdm_active", True)
+    convert(write_folder(tmp_path / "in", sparselt_state(), SPARSELT_CONFIG), tmp_path / "out")
+    assert controls.is_progress_bar_enabled()
 
 
 def test_sparselt_report_tells_of_every_tensor(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from sparselt_dist.models.crammed import (
     CrammedBertForMaskedLM,
     CrammedBertForSequenceClassification,
     CrammedBertModel,
+    attend,
+    attend_by_products,
     convert_official_state_dict,
 )
 
@@ -141,6 +143,34 @@ def test_logits_and_states_follow_the_specification(masked):
     assert output.logits.dtype == torch.float64
     word = model.encoder.embeddings.word_embeddings.weight
     torch.testing.assert_close(output.logits, expected[-1] @ word.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_by_products_equals_the_fused_one(masked):
+    query, key, value, upstream = torch.randn(4, 2, 3, 7, 8, dtype=torch.float64).unbind(0)
+    hidden_keys = torch.zeros(2, 1, 1, 7, dtype=torch.float64)
+    hidden_keys[1, :, :, 5:] = -10000.0
+    found = []
+    for form in (attend, attend_by_products):
+        inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        mixed = form(*inputs, hidden_keys if masked else None, 0.0)
+        found.append([mixed, *torch.autograd.grad(mixed, inputs, upstream)])
+    for fused, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, fused, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_in_bfloat16_on_a_cpu_stays_near_float32():
+    model, input_ids = tiny(), ids()
+    exact = model(input_ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(input_ids).logits.float()
+    assert 0 < (rounded - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_dropped_attention_weights_keep_their_mean():
+    query, key, value = torch.zeros(3, 64, 2, 7, 8).unbind(0)
+    mixed = attend_by_products(query, key, torch.ones_like(value), None, 0.5)
+    assert mixed.mean().item() == pytest.approx(1.0, abs=0.05) and mixed.std() > 0.1
 
 
 def test_gathered_loss_and_gradients_equal_the_dense_ones():
@@ -281,7 +311,6 @@ def test_dropout_is_off_by_default_and_on_when_configured():
         ({"intermediate_size": 41}, "expected even numbers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1"),
         ({"pooler": "max"}, "pooler is 'max'"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
     ],
 )
 def test_impossible_configurations_are_refused(fields, words):

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from sparselt_dist.errors import ConfigError, DataError
-from sparselt_dist.models.backbone import Backbone
+from sparselt_dist.models.backbone import Backbone, PretrainingModel
 from sparselt_dist.models.crammed import CrammedBertConfig, CrammedBertForMaskedLM
+from sparselt_dist.models.folding import fold_inputs
 from sparselt_dist.objectives.base import TokenizerInfo
 from sparselt_dist.objectives.contract import check_objective
-from sparselt_dist.objectives.dac import DAC, AgreementEmbedding, DACModule, folded_embedding
+from sparselt_dist.objectives.dac import DAC, DACModule
+from sparselt_dist.objectives.dac_embedding import AgreementEmbedding
+from sparselt_dist.objectives.dac_fit import rate_at
 from sparselt_dist.objectives.dac_submodels import (
     Pairs,
     Sides,
@@ -20,11 +23,11 @@ from sparselt_dist.objectives.dac_submodels import (
     SubmodelLoss,
     contrastive_loss,
     fit_submodel,
-    rate_at,
 )
 from sparselt_dist.objectives.dac_tables import AgreementTable, export_table, permuted_rows, random_rows
 from sparselt_dist.objectives.mlm import MLMModule
 from sparselt_dist.objectives.settings import DACConfig, MLMConfig
+from sparselt_dist.optim import parameter_groups
 
 VOCAB, WIDTH = 50, 8
 
@@ -208,7 +211,7 @@ def test_passes_end_the_training() -> None:
     cfg = DACConfig(stage1_pairs_per_step=16, stage1_max_passes=2)
     report = fit_submodel(submodel, some_pairs(70), cfg, seed=0, clock=lambda: 0.0)
     assert report.steps == 2 * (70 // 16)
-    assert math.isfinite(report.contrast)
+    assert math.isfinite(report.loss)
 
 
 def test_clock_ends_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,10 +320,10 @@ def tables(scale: float = 1.0) -> list[AgreementTable]:
     return [AgreementTable(table.to(torch.float16), 1.0) for table in rows]
 
 
-def dac_model() -> tuple[Backbone, DACModule]:
+def dac_model(**changes: object) -> tuple[Backbone, DACModule]:
     body = backbone()
     torch.manual_seed(1)
-    module = DAC().build_module(CONFIG, body)
+    module = DAC().build_module(CONFIG.model_copy(update=changes), body)
     assert isinstance(module, DACModule)
     module.agreement.load(tables())
     return body, module.double()
@@ -340,7 +343,7 @@ def test_term_equals_the_plain_form() -> None:
     with torch.no_grad():
         agreement.gains_R.copy_(torch.tensor([0.5, 1.0, -2.0, 3.0]))
     ids = torch.tensor([[5, 9], [0, 49]])
-    gains, weight = agreement.gains_R.detach().numpy(), agreement.projection.weight.detach().numpy()
+    gains, weight = agreement.gains_R.detach().numpy(), agreement.weight_DC.detach().numpy()
     plain = [table.table_VM.double().numpy() for table in tables()]
     for row, column in np.ndindex(2, 2):
         joined = np.concatenate([gain * table[ids[row, column]] for gain, table in zip(gains, plain, strict=True)])
@@ -360,12 +363,30 @@ def test_without_gains_it_is_masked_language_modelling() -> None:
         assert torch.equal(expected.grad, found.grad), name  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("combination", ["gated", "concatenate"])
+def test_other_combinations_start_as_the_sum_and_are_trained(combination: str) -> None:
+    (body, summed), (other_body, other) = dac_model(), dac_model(combination=combination)
+    loss = other(other_body, batch()).loss
+    torch.testing.assert_close(loss, summed(body, batch()).loss, rtol=1e-12, atol=0)
+    loss.backward()
+    (weight,) = other.agreement.combination.parameters()
+    assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+def test_gains_are_not_decayed() -> None:
+    _, module = dac_model(combination="gated")
+    decay = {id(p): group["weight_decay"] for group in parameter_groups(module, 0.1) for p in group["params"]}  # type: ignore[attr-defined]
+    agreement = module.agreement
+    assert decay[id(agreement.gains_R)] == 0
+    assert decay[id(agreement.weight_DC)] == decay[id(agreement.combination.weight_D)] == 0.1
+
+
 def test_term_changes_the_loss_and_is_trained() -> None:
     body, module = dac_model()
     loss = module(body, batch()).loss
     assert not torch.equal(loss, MLMModule()(backbone(), batch()).loss)
     loss.backward()
-    for parameter in (module.agreement.projection.weight, module.agreement.gains_R):
+    for parameter in (module.agreement.weight_DC, module.agreement.gains_R):
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0
 
@@ -429,17 +450,23 @@ def test_projection_starts_at_half_the_size_of_a_word() -> None:
     assert agreement(torch.arange(1000)).std().item() == pytest.approx(0.01, rel=0.02)
 
 
-def test_folding_reproduces_the_outputs() -> None:
-    body, module = dac_model()
+@pytest.mark.parametrize("combination", ["add", "gated", "concatenate"])
+def test_folding_reproduces_the_outputs(combination: str) -> None:
+    body, module = dac_model(combination=combination)
     with torch.no_grad():
-        module.agreement.gains_R.copy_(torch.tensor([0.5, 1.0, -2.0, 3.0]))
-    given = batch()
-    words_VD = body.get_input_embeddings().weight.detach()
-    expected = body(given["input_ids"]) @ words_VD.T
-    plain = backbone()
-    with torch.no_grad():
-        plain.get_input_embeddings().weight.copy_(folded_embedding(words_VD, module.agreement))
-    torch.testing.assert_close(plain(given["input_ids"]) @ words_VD.T, expected, atol=1e-10, rtol=0)
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    given = batch()["input_ids"]
+    words_VD = body.get_input_embeddings().weight.detach().clone()
+    expected = body.logits(body(given)[0])
+    assert fold_inputs(PretrainingModel(body, module))
+    torch.testing.assert_close(body.logits(body(given)[0]), expected, atol=1e-10, rtol=0)
+    assert torch.equal(body.model.decoder.weight, words_VD)  # the head's own now
+    assert not torch.equal(body.get_input_embeddings().weight, words_VD)
+    assert not module.state_dict() and not body.config.tie_word_embeddings
+    assert torch.equal(body.get_input_embeddings().weight[TOKENIZER.mask_id], words_VD[TOKENIZER.mask_id]) == (
+        combination != "concatenate"  # which changes words without a term as well
+    )
 
 
 def test_tables_of_other_shards_are_refused() -> None:
@@ -450,8 +477,25 @@ def test_tables_of_other_shards_are_refused() -> None:
         agreement.load([AgreementTable(table.table_VM[1:], 1.0) for table in tables()])
 
 
-def test_plug_in_keeps_the_contract() -> None:
-    check_objective(DAC())
+@pytest.mark.parametrize(
+    "changes", [{}, {"combination": "gated"}, {"combination": "concatenate"}, {"variant": "contextual"}]
+)
+def test_plug_in_keeps_the_contract(changes: dict[str, str]) -> None:
+    check_objective(DAC(), DACConfig(**changes))
+
+
+@pytest.mark.parametrize("changes", [{"tables": "window"}, {"sides": "words"}, {"trainable_tables": True}])
+def test_what_the_contextual_variant_has_not_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="variant=contextual with tables=trained or random"):
+        DACConfig(variant="contextual", **changes)
+
+
+def test_a_term_of_context_is_not_folded() -> None:
+    body = backbone()
+    module = DAC().build_module(CONFIG.model_copy(update={"variant": "contextual"}), body)
+    names = set(module.state_dict())
+    assert not fold_inputs(PretrainingModel(body, module))
+    assert set(module.state_dict()) == names and body.config.tie_word_embeddings
 
 
 def test_families_are_named_once() -> None:

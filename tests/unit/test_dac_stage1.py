@@ -50,7 +50,7 @@ def test_one_table_a_family() -> None:
     assert result.tables[0].sha256 != result.tables[1].sha256
     assert set(result.metrics()) == {
         "stage1_seconds",
-        *(f"{f}/{m}" for f in ("A1", "A3") for m in ("contrast", "coverage")),
+        *(f"{f}/{m}" for f in ("A1", "A3") for m in ("contrast", "coverage", "steps")),
     }
 
 

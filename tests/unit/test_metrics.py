@@ -10,7 +10,6 @@ from sparselt_dist.metrics import (
     PHASES,
     ConsoleProgress,
     TimeLedger,
-    flops_per_token,
     format_count,
     format_duration,
     peak_flops,
@@ -119,26 +118,6 @@ def test_other_ranks_are_silent_and_a_closed_stream_does_no_harm() -> None:
     broken.close()
     console._stream = broken
     console.message("text")
-
-
-def test_flops_of_bert_base_at_128_tokens() -> None:
-    """546 MFLOP a token: 12 layers of 768, 15 % targets, vocabulary 30522."""
-    backbone = 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768)
-    cost = flops_per_token(
-        num_backbone_parameters=backbone,
-        num_layers=12,
-        hidden_size=768,
-        mean_length=128,
-        targets_per_token=0.15,
-        vocab_size=30522,
-    )
-    assert cost == pytest.approx(546e6, rel=0.005)
-
-
-def test_flops_by_part() -> None:
-    numbers = {"num_backbone_parameters": 0, "num_layers": 2, "hidden_size": 4, "mean_length": 8.0}
-    assert flops_per_token(**numbers, targets_per_token=0.5, vocab_size=10) == 12 * 2 * 4 * 8 + 6 * 0.5 * (40 + 16)
-    assert flops_per_token(**numbers, targets_per_token=0.5, vocab_size=0) == 12 * 2 * 4 * 8
 
 
 @pytest.mark.parametrize(
