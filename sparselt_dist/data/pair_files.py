@@ -145,7 +145,7 @@ def read_pair_manifest(folder: Path, tokenizer_sha256: str) -> PairManifest:
     path = folder / FOLDER / MANIFEST_FILE
     remedy = "prepare the shards with prepare.agreements=strict"
     if not path.exists():
-        raise DataError(f"agreement pairs: {folder} holds none, expected {FOLDER}/{MANIFEST_FILE}; {remedy}")
+        raise DataError(f"{folder}: holds no agreement pairs, expected {FOLDER}/{MANIFEST_FILE}; {remedy}")
     try:
         stored: dict[str, Any] = json.loads(path.read_bytes())
         if stored.get("format") == FORMAT:

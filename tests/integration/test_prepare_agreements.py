@@ -163,7 +163,7 @@ def test_shards_without_their_pairs_are_not_complete(
     (out / FOLDER / "A2.npz").write_bytes(b"")
     assert [fault.partition(":")[0] for fault in verify(out)] == [str(out / FOLDER / "A2.npz")]
     shutil.rmtree(out / FOLDER)
-    assert "holds none" in verify(out)[0]
+    assert "holds no agreement pairs" in verify(out)[0]
     assert not run_prepare(corpus, out, prepare__agreements="strict").reused
     assert _without_cost(out) == before and verify(out) == []
     run_prepare(corpus, tmp_path / "other", prepare__order="source")

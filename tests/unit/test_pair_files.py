@@ -161,7 +161,7 @@ def of_other_shards(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "tokenizer", "message"),
     [
-        (drop, "ab" * 32, r"agreement pairs: .* holds none.*prepare\.agreements=strict"),
+        (drop, "ab" * 32, r"holds no agreement pairs.*prepare\.agreements=strict"),
         (garble, "ab" * 32, "cannot be read"),
         (without_cost, "ab" * 32, "cannot be read"),
         (of_other_shards, "ab" * 32, "the pairs belong to shards .*…, expected those of the folder"),
