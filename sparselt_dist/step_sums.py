@@ -43,7 +43,10 @@ class Sums:
         pairs = distributed.reduce_sum(flat).view(-1, 2).tolist()
         means = {name: total / count for name, (total, count) in zip(names, pairs, strict=True) if count}
         parts = [means.pop(name) for name in sorted(means) if name.startswith("loss/")]
-        return {**means, **({"loss": sum(parts)} if parts else {})}
+        if not parts:
+            return means
+        # a loss of several denominators is no mean over one of them, so the objective's own total is replaced
+        return {**means, "loss": sum(parts), "term/loss": sum(parts)}
 
     def loss_is_finite(self) -> bool:
         """Whether every part of the loss is, on this rank."""

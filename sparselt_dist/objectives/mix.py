@@ -238,7 +238,7 @@ class MixModule(nn.Module):
             part = self._places[number]
             output: LossOutput | SplitLossOutput = self.parts[number](backbone, part.batch(batch))
             terms |= {part.key(key): factor * term for key, term in loss_terms(output).items()}
-            metrics |= {f"{part.label}/{name}": pair for name, pair in output.metrics.items()}
+            metrics |= {f"{part.label}/{name}": pair for name, pair in _means(output).items()}
         if torch.is_grad_enabled():
             first = next(iter(terms))
             terms[first] = terms[first] + self._idle(backbone, batch, factors)
@@ -266,6 +266,13 @@ class MixModule(nn.Module):
         tokens, one = batch["num_tokens"], torch.ones((), device=loss.device)
         weights = {f"{part.label}/weight": (one * self._weights[part.number], one) for part in self._places}
         return {"loss": (loss.detach() * tokens, tokens), **weights}
+
+
+def _means(output: LossOutput | SplitLossOutput) -> Metrics:
+    """A part's metrics; its total only where that is a mean over one count, and so can be summed over micro-batches."""
+    if isinstance(output, SplitLossOutput):
+        return {name: pair for name, pair in output.metrics.items() if name != "loss"}
+    return output.metrics
 
 
 def turn_of(step: int, weights: Sequence[float]) -> int:

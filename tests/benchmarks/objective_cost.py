@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cwt, K x K": {"name": "cwt", "form": "full"},
     "cwt, de-duplicated": {"name": "cwt"},
     "slt": {"name": "slt", "masking": "exact"},
-    # "dac": {"name": "dac", "masking": "exact"},
+    "dac": {"name": "dac", "masking": "exact"},
 }
 ROWS, LENGTH = 8, 128
 SIZES = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}

@@ -68,7 +68,7 @@ def assert_equal_runs(ours: Finished, theirs: Finished, *, relative: float, half
     assert [line["step"] for line in ours.journal] == [line["step"] for line in theirs.journal] != []
     for mine, other in zip(ours.journal, theirs.journal, strict=True):
         assert mine["batch_digest"] == other["batch_digest"]
-        terms = [name for name in other if name == "train/loss" or (name.endswith("_loss") and "eval" not in name)]
+        terms = [name for name in other if name.endswith(("_loss", "/loss")) and not name.startswith("eval")]
         expected_terms = {name: pytest.approx(other[name], rel=relative) for name in terms}
         assert {name: mine.get(name) for name in terms} == expected_terms
     if half:
