@@ -160,7 +160,7 @@ def test_an_announced_rank_takes_the_notice_that_was_held() -> None:
     before = signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # to this thread: another one would take one sent to the process
         assert caught == []
         rank_report.announce()
         assert caught == [signal.SIGUSR1]
