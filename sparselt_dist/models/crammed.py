@@ -162,7 +162,7 @@ class CrammedBertEmbeddings(nn.Module):
                 "shorten the rows or build the model with a larger max_position_embeddings"
             )
         table = self.position_table_TD[:length] if position_ids_BT is None else self.position_table_TD[position_ids_BT]
-        hidden_BTD: Tensor = self.dropout(self.norm(words_BTD + self.position_scale * table))
+        hidden_BTD: Tensor = self.dropout(self.norm(words_BTD + self.position_scale * table.to(words_BTD.dtype)))
         return hidden_BTD
 
 

@@ -239,6 +239,15 @@ def test_saving_and_loading_keeps_every_logit(tmp_path):
     assert not any("table" in name for name in model.state_dict())
 
 
+def test_a_saved_model_loads_and_runs_in_bfloat16(tmp_path):
+    model, input_ids = tiny(), ids()
+    model.save_pretrained(tmp_path)
+    rounded = CrammedBertForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(input_ids).logits
+    exact = model(input_ids).logits
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_a_model_made_on_the_meta_device_is_whole_after_its_weights_are_loaded():
     model, input_ids = tiny(), ids()
     with torch.device("meta"):
