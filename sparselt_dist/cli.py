@@ -92,13 +92,16 @@ def leave(command: Callable[[], int]) -> NoReturn:
 
     A thread of gloo drops the tensors of a finished collective only after it has woken whoever waited for it, and
     needs the interpreter for that. Met by the teardown, it aborts the process (SIGABRT), whatever its exit code was to
-    be. Leaving the process group would not end these threads: DeepSpeed holds references to its groups.
+    be. Leaving the process group would not end these threads: DeepSpeed holds references to its groups. A process that
+    never needed torch has none of them and ends as usual.
     """
     try:
         code = command()
     except Exception:
         sys.excepthook(*sys.exc_info())  # as the interpreter would
         code = EXIT_CRASH
+    if "torch" not in sys.modules:
+        sys.exit(code)
     atexit._run_exitfuncs()  # ends loader processes, flushes logs
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # its reader is gone, or it is closed
