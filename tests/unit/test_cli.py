@@ -62,15 +62,17 @@ def test_help_lists_every_command_and_a_wrong_one_names_the_nearest(capsys: pyte
     assert "did you mean pretrain?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("used_torch", [True, False])
 @pytest.mark.parametrize(("body", "code"), [("return 75", 75), ("raise ZeroDivisionError", 1)])
-def test_a_left_process_has_its_code_and_its_output_and_no_teardown(body: str, code: int) -> None:
+def test_a_process_that_used_torch_is_left_without_teardown(body: str, code: int, used_torch: bool) -> None:
     program = (
-        "import atexit\nfrom sparselt_dist.cli import leave\n"
+        "import atexit, sys\nfrom sparselt_dist.cli import leave\n"
+        f"if {used_torch}: sys.modules['torch'] = sys\n"
         "class Late:\n    def __del__(self): print('torn down')\n"
         "late = Late()\natexit.register(print, 'at exit')\n"
         f"def command():\n    print('running')\n    {body}\n"
         "leave(command)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (code, "running\nat exit\n")
+    assert (done.returncode, done.stdout) == (code, "running\nat exit\n" + ("" if used_torch else "torn down\n"))
     assert ("ZeroDivisionError" in done.stderr) == (code == 1)
