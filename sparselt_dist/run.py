@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
-DRY_PRELUDE_SECONDS = 5.0
+DRY_PRELUDE_SECONDS = 5.0  # of an objective in a dry run
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
 
 
