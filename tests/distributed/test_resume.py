@@ -49,6 +49,18 @@ def test_resume_is_bitwise(shards: Path, tmp_path: Path, zero_stage: int) -> Non
     assert_same(resumed, straight)
 
 
+@pytest.mark.parametrize("precision", [slow("fp32"), "bf16"])
+def test_resume_is_bitwise_with_muon(shards: Path, tmp_path: Path, precision: str) -> None:
+    options = (*RUN, "optim.name=muon", f"train.precision={precision}")
+    straight = run_ranks(1, shards, tmp_path / "straight", *options)
+    assert straight.code == 0, straight.output
+    assert any(
+        name.endswith("qkv.weight#momentum_buffer") and value.any() for name, value in straight.tensors().items()
+    )
+    resumed = run_ranks(1, shards, half_of(straight, tmp_path / "resumed"), *options, flags=("--resume", "must"))
+    assert_same(resumed, straight)
+
+
 def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     plain = RUN[:3]  # dropout is drawn by each rank for itself, so it is left out here
     straight = run_ranks(2, shards, tmp_path / "straight", *plain, "train.zero_stage=1")
