@@ -112,8 +112,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, as torch has it) for some groups, AdamW for the others, as one optimizer.
 
     A matrix moves along its Nesterov momentum made orthogonal: all of its directions equally far. The step is scaled by
-    0.2 sqrt(max(rows, columns)), which gives it the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation
-    4), so that one learning rate and one decay serve both. States are `momentum_buffer`, and those of AdamW.
+    0.2 sqrt(max(rows, columns)), which gives it the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section
+    2.2), so that one learning rate and one decay serve both. States are `momentum_buffer`, and those of AdamW.
     """
 
     def __init__(
