@@ -179,7 +179,7 @@ class TensorFiles:
 
         if name not in self.owner:
             raise CheckpointError(
-                f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model or objective"
+                f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model, objective or optimizer"
             )
         with safe_open(self.checkpoint / self.owner[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)

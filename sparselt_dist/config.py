@@ -122,13 +122,15 @@ class ObjectiveSection(BaseModel):
 
 
 class OptimSection(Section):
-    name: Literal["adamw", "adamw-hf"] = Field(
+    name: Literal["adamw", "adamw-hf", "muon"] = Field(
         "adamw",
-        description="adamw-hf: as transformers 4 had it, epsilon before bias correction, decay after the update",
+        description="adamw-hf: as transformers 4 had it, epsilon before bias correction, decay after the update; "
+        "muon: for the matrices between tables and head, its steps as large as adamw's, which has the rest; ZeRO stage 0",
     )
     peak_lr: float = Field(1e-3, gt=0, description="learning rate at a schedule multiplier of 1")
     betas: tuple[float, float] = Field((0.9, 0.98), description="Adam's moment decays", strict=False)
     eps: float = Field(1e-12, gt=0, description="Adam's epsilon")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum, with Nesterov's step")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; never on biases and norms")
     encoder_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of the encoder relative to heads and the objective's own parameters"

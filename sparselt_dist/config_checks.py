@@ -11,7 +11,7 @@ from sparselt_dist.architectures import Architecture
 from sparselt_dist.budget import SCHEDULES
 from sparselt_dist.config import Config
 from sparselt_dist.config_layers import Faults, Merged, did_you_mean, show
-from sparselt_dist.ds_config import check_ds_config, read_ds_config
+from sparselt_dist.ds_config import MUON_NEEDS, check_ds_config, read_ds_config
 
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -178,6 +178,9 @@ def _check_optimisation(config: Config, merged: Merged, faults: Faults) -> None:
         path = "schedule.decay"
         expected = f"at most {1 - schedule.warmup:g}, what schedule.warmup ({schedule.warmup}) leaves"
         faults.add(merged.source(path), path, str(schedule.decay), expected, "shorten one of them")
+    if config.optim.name == "muon" and config.train.zero_stage and not faults.touch("train.zero_stage"):
+        path, fix = "train.zero_stage", "set train.zero_stage=0, or optim.name=adamw"
+        faults.add(merged.source(path), path, str(config.train.zero_stage), f"0: {MUON_NEEDS}", fix)
     if not all(0 <= beta < 1 for beta in betas):
         faults.add(merged.source("optim.betas"), "optim.betas", show(list(betas)), "two numbers >= 0 and < 1")
 

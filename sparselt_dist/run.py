@@ -180,7 +180,7 @@ class Run:
                 pin_memory=engine.device.type == "cuda",
             ),
             validation=data.validation,
-            evaluation_collator=build_collator(config, data.tokenizer),
+            collator=build_collator(config, data.tokenizer),
             progress=start.progress,
             ledger=ledger,
             stop_flag=stop_flag,

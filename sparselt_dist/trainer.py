@@ -24,7 +24,7 @@ from sparselt_dist.data.batch import Batch
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
 from sparselt_dist.errors import DataError, SparseltError
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
-from sparselt_dist.objectives.base import SharesStatistics, loss_terms
+from sparselt_dist.objectives.base import FollowsProgress, SharesStatistics, loss_terms
 from sparselt_dist.step_sums import Drawn, Sums
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Trainer:
         micro_batch_size: int,
         loader: Loader,
         validation: Corpora | None,
-        evaluation_collator: Collator,
+        collator: Collator,
         progress: Progress,
         ledger: TimeLedger,
         stop_flag: distributed.StopFlag,
@@ -95,7 +95,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.loader = loader
         self.validation = validation
-        self.evaluation_collator = evaluation_collator
+        self.collator = collator
         self.progress = progress
         self.ledger = ledger
         self.stop_flag = stop_flag
@@ -182,6 +182,7 @@ class Trainer:
         self.engine.module.set_progress(self.progress.step, fraction)
         batch_size = self._batch_size(fraction)
         drawn = self._draw(micro_batches, batch_size // (self.micro_batch_size * self.ranks.world_size))
+        drawn = self._as_of(drawn, fraction)
         total = self._agree_on_targets(drawn, batch_size)
         self._share_statistics(drawn)
         sums = Sums()
@@ -240,6 +241,13 @@ class Trainer:
         if self.first_batch_seconds is None:
             self.first_batch_seconds = self.clock() - started
         return drawn
+
+    def _as_of(self, drawn: list[MicroBatch], fraction: float) -> list[MicroBatch]:
+        """The micro-batches as they are at this share of the budget, which the workers that made them did not know."""
+        if not (isinstance(self.collator, FollowsProgress) and self.collator.follows_progress):
+            return drawn
+        with self.ledger.phase("data"):
+            return [made._replace(batch=self.collator.at_progress(made.batch, fraction)) for made in drawn]
 
     def _agree_on_targets(self, drawn: list[MicroBatch], batch_size: int) -> Drawn:
         """Targets and tokens of the global step, and its digest: the one sum over ranks.
@@ -351,7 +359,7 @@ class Trainer:
         with self.ledger.phase("evaluate"), torch.no_grad():
             for batch in evaluation_batches(
                 self.validation,
-                self.evaluation_collator,
+                self.collator,
                 max_samples=self.config.train.evaluate_samples,
                 micro_batch_size=self.micro_batch_size,
                 rank=self.ranks.rank,

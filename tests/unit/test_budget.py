@@ -39,6 +39,8 @@ def test_shapes_in_the_middle() -> None:
     assert lr_multiplier("linear", 0.25) == pytest.approx(0.75)
     assert lr_multiplier("wsd", 0.8, decay=0.2) == 1.0
     assert lr_multiplier("wsd", 0.85, decay=0.2) == pytest.approx(0.5)
+    of_the_clock = Budget(None, None, 100.0).fraction(steps=7, tokens=9, seconds=85.0)
+    assert lr_multiplier("wsd", of_the_clock, decay=0.2) == pytest.approx(0.5)
 
 
 def test_unknown_schedule_names_the_choices() -> None:

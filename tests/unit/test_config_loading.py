@@ -196,6 +196,11 @@ def test_a_budget_must_be_positive(override: str) -> None:
         (["train.micro_batch_size=100"], "nearest that fit: 100;"),
         (["train.deepspeed_config=zero4"], "single_gpu, zero1, zero2, zero3, zero3_offload; did you mean zero"),
         (["train.deepspeed_config=zero3", "train.zero_stage=2"], "zero_optimization.stage: found 3, expected 2"),
+        (["optim.name=muon", "train.zero_stage=1"], "train.zero_stage: found 1, expected 0: optim.name=muon needs"),
+        (
+            ["optim.name=muon", "train.deepspeed_config=zero2"],
+            "zero_optimization.stage: found 2, expected 0: optim.name=muon",
+        ),
         (["prepare.max_characters=10"], "at least prepare.min_characters (200)"),
         (["model.init_from=/no/such/folder"], "a local checkpoint folder with config.json"),
     ],
