@@ -27,6 +27,7 @@ from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.journal import Journal
 from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_flops, peak_memory_gib
+from sparselt_dist.micro_batch_search import find_fastest
 from sparselt_dist.models.assembly import build_collator, build_model
 from sparselt_dist.models.workload import workload
 from sparselt_dist.objectives import get_objective
@@ -86,6 +87,22 @@ def _loaded_model(config: Config, data: Data, source: Path | None) -> Pretrainin
     if source is not None:
         checkpoint.load_into(model, source)
     return model
+
+
+def _settled(
+    config: Config, data: Data, start: Start, ranks: distributed.Ranks, device: torch.device, console: ConsoleProgress
+) -> Config:
+    """The configuration with a number for `train.micro_batch_size=fastest`; a resume keeps the number found before."""
+    if config.train.micro_batch_size != "fastest":
+        return config
+    chosen: int | str | None = None
+    if start.checkpoint is not None:
+        chosen = checkpoint.read_meta(start.checkpoint)["config"]["train"]["micro_batch_size"]
+    if not isinstance(chosen, int) or config.train.global_batch_size % (chosen * ranks.world_size):
+        chosen, report = find_fastest(config, data.train, data.tokenizer, ranks, device)
+        console.message(report)
+    train = config.train.model_copy(update={"micro_batch_size": chosen})
+    return config.model_copy(update={"train": train})
 
 
 def _restore_rank(start: Start, ranks: distributed.Ranks, seed: int) -> None:
@@ -417,6 +434,8 @@ def pretrain(
     run_dir = Path(plan.output_dir)
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
+    config = _settled(config, data, start, ranks, device, console)
+    plan = make_plan(config, ranks.world_size)
     claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
     ledger.restore(start.ledger_seconds)
     distributed.on_main(ranks, lambda: write_start(run_dir, config, plan, data, ranks, start, profile, str(device)))

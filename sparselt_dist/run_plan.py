@@ -37,8 +37,11 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     name = config.train.deepspeed_config
     values = read_ds_config(name, "train", faults)
     micro_batch_size = _micro_batch_size(config, world_size, faults)
-    faults.raise_if_any()
     stage = file_stage(values)
+    if config.train.micro_batch_size == "fastest" and (config.train.zero_stage or stage) == 3:
+        expected = "a number or auto with ZeRO stage 3: the search holds the whole model on each device"
+        faults.add("batch sizes", "train.micro_batch_size", "fastest", expected)
+    faults.raise_if_any()
     path = find_ds_config(name) if name is not None else None
     return RunPlan(
         output_dir=config.run.output_dir or f"runs/{config.run.name}",

@@ -91,12 +91,13 @@ class Timekeeper:
     # ---- what follows
 
     def plan(self) -> None:
-        """Set the next step, None at the end of the budget. The first step of a run is always taken."""
+        """Set the next step, None at the end of the budget. A run's first step is taken unless its prelude left no time."""
         self.next_step = self._planned()
 
     def _planned(self) -> NextStep | None:
         progress, limit = self.progress, self.budget.max_seconds
-        if self.budget.spent(steps=progress.step, tokens=progress.tokens, seconds=progress.seconds):
+        seconds = progress.prelude_seconds if progress.step == 0 else progress.seconds
+        if self.budget.spent(steps=progress.step, tokens=progress.tokens, seconds=seconds):
             return None
         wanted = self.batch_size(self.share(None)) // self.unit
         if limit is None or progress.step == 0:
