@@ -44,12 +44,16 @@ class Pace(NamedTuple):
     """To draw a micro-batch, forward and backward."""
     update: float = 0.0
     """The rest of a step: optimizer, logging."""
+    slow_micro_step: float = 0.0
+    """A slow one, by the slowest of late."""
     save: float = 0.0
     evaluate: float = 0.0
 
     def after_pass(self, seconds: float, micro_steps: int) -> Pace:
         """With the passes of one more step."""
-        return self._replace(micro_step=_blend(self.micro_step, seconds / micro_steps))
+        each = seconds / micro_steps
+        mean = _blend(self.micro_step, each)
+        return self._replace(micro_step=mean, slow_micro_step=max(each, _blend(self.slow_micro_step, mean)))
 
     def after_update(self, seconds: float) -> Pace:
         """With one more update."""
@@ -79,7 +83,8 @@ class NextStep:
 def plan_step(left: float, wanted: int, pace: Pace) -> NextStep | None:
     """The next step, with `left` seconds until training ends; None: it ends here.
 
-    A step of `wanted` micro-steps is cut to leave room for one more, short step, and that one to what is left. Where no
+    A step of `wanted` micro-steps is cut to leave room for one more, short step, and that one to what is left, both at
+    a slow pace: what is left over in the end is room for another short step, at the end of the schedule too. Where no
     pace is known yet, the step is taken whole while anything is left.
     """
     if pace.micro_step <= 0:
@@ -87,8 +92,9 @@ def plan_step(left: float, wanted: int, pace: Pace) -> NextStep | None:
     shortest = pace.micro_step + pace.update
     if left < shortest / 2:  # half of a micro-step is within the margin
         return None
-    before_last = math.floor((left - shortest - pace.update) / pace.micro_step)
+    slow = max(pace.slow_micro_step, pace.micro_step)
+    before_last = math.floor((left - slow - 2 * pace.update) / slow)
     if before_last >= 1:
         return NextStep(min(wanted, before_last))
-    fits = math.floor((left - pace.update) / pace.micro_step)
+    fits = math.floor((left - pace.update) / slow)
     return NextStep(min(max(fits, 1), wanted), is_last=True)

@@ -349,7 +349,7 @@ class Run:
         The last line gets all figures, the first of them at once.
         """
         line = {"step": self.trainer.progress.step, **self.trainer.land()}
-        self.trainer.log(line)  # the journal joins lines of one step
+        self.trainer.log(line, more_to_come=True)  # the journal joins lines of one step
         if self.journal is not None:
             self.journal.sync()
         line.update(distributed.on_main(self.ranks, self._yardsticks))

@@ -133,7 +133,7 @@ class Trainer:
             if evaluation_due:
                 line.update(self.evaluate())
             if line:
-                self.log(line)
+                self.log(line, more_to_come=done)
             self.log_seconds = self.ledger.seconds()["log"] - after["log"]
             if result.stop or (not done and self._due(self.config.checkpoint.every_steps, self.progress.pace.save)):
                 self.save()
@@ -148,10 +148,9 @@ class Trainer:
         """The last checkpoint and held-out loss, which belong to the budget; all ranks call it after `run`."""
         limit = self.time.budget.max_seconds
         self.progress.landed_seconds = limit or 0.0
+        reserve = {} if limit is None else {"budget/reserve_seconds": self.time.reserve()}
         self.save()
-        values = {**self.evaluate(), "budget/elapsed_seconds": self.progress.seconds}
-        if limit is not None:
-            values["budget/reserve_seconds"] = self.time.reserve()
+        values = {**self.evaluate(), "budget/elapsed_seconds": self.progress.seconds, **reserve}
         self._say(self.time.verdict())
         return values
 
@@ -414,7 +413,6 @@ class Trainer:
             {
                 "progress/tokens": self.progress.tokens,
                 "progress/fraction": self.time.fraction(),
-                "budget/elapsed_seconds": self.progress.seconds,
                 "perf/tokens_per_second": tokens_per_second,
                 "perf/step_seconds": self.step_seconds,
                 "perf/mfu": tokens_per_second * self.utilisation(targets / max(tokens, 1)),
@@ -424,6 +422,8 @@ class Trainer:
                 "perf/memory_gib": peak_memory_gib(),
             }
         )
+        if self.time.next_step is not None:  # else the last save and evaluation are still to come
+            line["budget/elapsed_seconds"] = self.progress.seconds
         if self.first_batch_seconds is not None and self.first_batch_seconds >= 0:
             line["perf/first_batch_seconds"] = self.first_batch_seconds
             self.first_batch_seconds = -1.0  # only in the first line of a start
@@ -433,11 +433,10 @@ class Trainer:
             line["progress/skipped_samples"] = self.progress.skipped
         return line
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Hand a line, completed by the time ledger, to the run's journal."""
+    def log(self, line: dict[str, Any], *, more_to_come: bool = False) -> None:
+        """Hand a line to the run's journal, completed by the time ledger unless the same step gets a later line."""
         with self.ledger.phase("log"):
-            times = {f"time/{phase}_seconds": seconds for phase, seconds in self.ledger.seconds().items()}
-            self.on_log({**line, **times})
+            self.on_log(line if more_to_come else {**line, **self.ledger.metrics()})
 
     def save(self) -> None:
         """Have a checkpoint committed; training waits for it."""

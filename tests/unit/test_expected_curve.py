@@ -1,5 +1,7 @@
 """The guard that compares a run's loss with its profile's reference."""
 
+from pathlib import Path
+
 import pytest
 
 from sparselt_dist.config_loading import list_profiles, load_config
@@ -38,3 +40,14 @@ def test_references_of_the_shipped_profiles_can_be_read() -> None:
         points = load_config([name], ["model.init_from=null"]).log.expected_loss
         if points is not None:
             assert ExpectedCurve(points).expected(points[0][0]) is not None
+
+
+def test_a_reference_goes_where_a_later_layer_changes_the_recipe(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("log: {expected_loss: [[0, 5, 1], [1, 4, 1]]}\noptim: {peak_lr: 1.0e-2}\n")
+    names = ["quickstart", str(mine)]
+    assert load_config(names).log.expected_loss == [(0, 5, 1), (1, 4, 1)]
+    neutral = ["run.name=x", "run.seed=4", "train.micro_batch_size=8", "prepare.output_dir=/tmp/x", "log.every_steps=1"]
+    assert load_config(names, neutral).log.expected_loss is not None
+    for change in ("optim.peak_lr=1e-3", "objective.name=cwt", "budget.max_steps=7", "data.train=elsewhere"):
+        assert load_config(names, [*neutral, change]).log.expected_loss is None
