@@ -18,6 +18,8 @@ from sparselt_dist.budget import Budget, batch_size_at
 from sparselt_dist.config import Config
 from sparselt_dist.landing import NextStep, Pace, RunClock, plan_step, reserve_seconds
 
+LATE = 0.9  # share of the budget from which on the reserve is predicted anew
+
 
 @dataclass
 class Progress:
@@ -140,6 +142,10 @@ class Timekeeper:
         """Whether the reserve is predicted and there is a step to come."""
         predicted = self.budget.max_seconds is not None and self.config.budget.reserve_seconds is None
         return predicted and self.next_step is not None
+
+    def nears_the_end(self) -> bool:
+        """Whether it is time to look again at what the reserve is for."""
+        return self.needs_rehearsal() and self.fraction() >= LATE
 
     def complaint(self) -> str | None:
         """What to tell the user of a budget that leaves little for training, before the first step."""

@@ -106,6 +106,7 @@ class Trainer:
         self.data_fault: SparseltError | None = None
         self.complaints: set[str] = set()
         self.given_up = False
+        self.is_timed_again = False
 
     # ---------------------------------------------------------------- the loop
 
@@ -138,6 +139,8 @@ class Trainer:
             if result.stop or (not done and self._due(self.config.checkpoint.every_steps, self.progress.pace.save)):
                 self.save()
             self.on_step()
+            if not self.is_timed_again and self.time.nears_the_end():
+                self._rehearse_again()
             if result.stop:
                 return "stopped" if not done else "finished"
             if self._is_hopeless(line):
@@ -175,26 +178,39 @@ class Trainer:
 
     def _rehearse(self) -> None:
         """On the clock: what the last evaluation and save will take. With `train.compile` an evaluation is compiled here."""
-        pace = self.time.pace
-        if self.validation is not None:
-            stride = self.micro_batch_size * self.ranks.world_size
-            rows = min(self.config.train.evaluate_samples, self.validation.num_samples)
-            with self.ledger.phase("compile" if self.config.train.compile else "evaluate"):
-                self._held_out(min(rows, stride))
-                if self.config.train.compile and rows % stride:
-                    self._held_out(rows % stride)  # the last batch has a shape of its own
-                started = self.clock()
-                self._held_out(min(rows, stride))
-            batch_seconds = self.clock() - started
-            pace = pace._replace(
-                evaluate=pace.evaluate or batch_seconds * -(-rows // stride),
-                micro_step=pace.micro_step or TRAINING_OVER_FORWARD * batch_seconds,
-            )
+        with self.ledger.phase("compile" if self.config.train.compile else "evaluate"):
+            self._time_evaluation(first=True)
         with self.ledger.phase("checkpoint"):
-            pace = pace._replace(save=pace.save or distributed.agreed(self.ranks, self.probe_save))
-        self.time.pace = pace
+            save = self.time.pace.save or distributed.agreed(self.ranks, self.probe_save)
+        self.time.pace = self.time.pace._replace(save=save)
         self.time.meet()
         self._say(self.time.complaint())
+
+    def _rehearse_again(self) -> None:
+        """Near the end: the machine may have become slower or faster since the last evaluation was timed."""
+        self.is_timed_again = True
+        with self.ledger.phase("evaluate"):
+            self._time_evaluation(first=False)
+        self.time.meet()
+
+    def _time_evaluation(self, *, first: bool) -> None:
+        """Judge by two batches what an evaluation takes; before the first, and for a new shape, one is run untimed."""
+        if self.validation is None:
+            return
+        stride = self.micro_batch_size * self.ranks.world_size
+        rows = min(self.config.train.evaluate_samples, self.validation.num_samples)
+        if first:
+            self._held_out(min(rows, stride))
+            if self.config.train.compile and rows % stride:
+                self._held_out(rows % stride)  # the last batch has a shape of its own
+        timed = min(rows, 2 * stride)
+        started = self.clock()
+        self._held_out(timed)
+        seconds = self.clock() - started
+        self.time.pace = self.time.pace._replace(
+            evaluate=seconds * rows / timed,
+            micro_step=self.time.pace.micro_step or TRAINING_OVER_FORWARD * seconds * min(stride, timed) / timed,
+        )
 
     def _line_may_be_due(self, step: int) -> bool:
         """Whether the journal gets a line for a step, as far as it can be known before its end."""

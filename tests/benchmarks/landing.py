@@ -95,8 +95,9 @@ def main() -> int:
             after = summary["seconds"] - checkpoint_seconds
             ledger = sum(value for key, value in lines[-1].items() if key.startswith("time/"))
             landed &= 0.98 <= share <= 1.0
+            reserve = lines[-1]["budget/reserve_seconds"]
             print(
-                f"| {seconds:g} | {made} | {100 * share:.2f} % | {lines[-1]['budget/reserve_seconds']:.1f} | {after:.1f} | {summary['steps']} | "
+                f"| {seconds:g} | {made} | {100 * share:.2f} % | {reserve:.1f} | {after:.1f} | {summary['steps']} | "
                 f"{rates[-1] / max(rates):.3f} | {ledger / wall:.3f} |",
                 flush=True,
             )
