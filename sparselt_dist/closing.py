@@ -66,7 +66,9 @@ def _landing(summary: dict[str, Any]) -> list[str]:
     """How a budget of time was met, and what it took from the wall."""
     lines = []
     limit = summary.get("budget_seconds")
-    if limit is not None and summary["status"] == "finished":
+    if (
+        limit is not None and summary["status"] == "finished" and summary["seconds"] > 0.9 * limit
+    ):  # else another ended it
         lines.append(
             f"  budget       last save and evaluation ended at {100 * summary['seconds'] / limit:.1f} % of {limit:.0f} s"
         )

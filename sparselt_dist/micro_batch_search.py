@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from sparselt_dist.models.backbone import PretrainingModel
     from sparselt_dist.objectives.base import TokenizerInfo
 
-TIMED_PASSES = 3
+TIMED_PASSES, MOST_PASSES = 3, 20
+TIMED_SECONDS = 0.5  # of a candidate, at least, unless it takes the most passes
 CLEARLY_SLOWER = 0.97  # of the best rate
 SLOWER_IN_SUCCESSION = 2
 _FREE_SHARE = 0.9  # of the main memory that is available, to be used
@@ -173,7 +174,10 @@ class _Trial:
         batch = self._batch(size)
         _forget_peak()
         try:
-            times = [self._pass(batch) for _ in range(1 + TIMED_PASSES)]
+            self._pass(batch)
+            times: list[float] = []
+            while len(times) < TIMED_PASSES or (sum(times) < TIMED_SECONDS and len(times) < MOST_PASSES):
+                times.append(self._pass(batch))
         except RuntimeError as fault:
             if not (isinstance(fault, torch.OutOfMemoryError) or "allocate memory" in str(fault)):
                 raise
@@ -181,7 +185,7 @@ class _Trial:
         finally:
             self._model.zero_grad()
         self._gib_a_row = (peak_memory_gib() - self._base_gib) / size
-        return min(times[1:])
+        return min(times)
 
     def _would_not_fit(self, size: int) -> bool:
         """On a CPU, where the system would end the process rather than refuse; judged by the candidate before."""
