@@ -108,7 +108,7 @@ def test_a_key_of_another_section_is_found_there() -> None:
         ("train.compile=1", "found 1, expected true or false"),
         ("train.global_batch_size=64.5", "found 64.5, expected a whole number >= 1"),
         ("train.global_batch_size=true", "found true, expected a whole number >= 1"),
-        ("train.micro_batch_size=0", "found 0, expected a whole number >= 1 or auto"),
+        ("train.micro_batch_size=0", "found 0, expected a whole number >= 1 or one of auto, fastest"),
         ("train.zero_stage=4", "found 4, expected one of 0, 1, 2, 3 or null"),
         ("optim.peak_lr=.inf", "expected a number > 0"),
         ("optim.betas=[0.9]", "found [0.9], expected a list of 2 numbers"),
