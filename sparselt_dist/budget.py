@@ -103,6 +103,8 @@ class Budget:
     max_seconds: float | None
     prelude_seconds: float = 0.0
     """What went before the first step. It counts against `max_seconds`; schedules run on what it left."""
+    reserve_seconds: float = 0.0
+    """What `max_seconds` holds for the last save and evaluation; schedules end before it."""
 
     @classmethod
     def from_section(cls, section: BudgetSection, prelude_seconds: float = 0.0) -> Budget:
@@ -115,12 +117,11 @@ class Budget:
             (spent, limit) for spent, limit in ((steps, self.max_steps), (tokens, self.max_tokens)) if limit
         ]
         if self.max_seconds is not None:
-            pairs.append((seconds - self.prelude_seconds, self.max_seconds - self.prelude_seconds))
+            before = self.prelude_seconds
+            pairs.append((seconds - before, self.max_seconds - self.reserve_seconds - before))
         shares = (spent / limit if limit > 0 else 1.0 for spent, limit in pairs)
         return min(max(shares, default=0.0), 1.0)
 
-    def spent(self, *, steps: int, tokens: int, seconds: float, next_step_seconds: float = 0.0) -> bool:
-        """Whether the run must end: a limit is reached, or the next step would end past the deadline."""
-        if self.max_seconds is not None:
-            seconds += next_step_seconds
+    def spent(self, *, steps: int, tokens: int, seconds: float) -> bool:
+        """Whether a limit is reached."""
         return self.fraction(steps=steps, tokens=tokens, seconds=seconds) >= 1.0

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
+PROBED_BYTES = 64 * 2**20
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -179,7 +181,7 @@ class TensorFiles:
 
         if name not in self.owner:
             raise CheckpointError(
-                f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model or objective"
+                f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model, objective or optimizer"
             )
         with safe_open(self.checkpoint / self.owner[name], framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -289,6 +291,25 @@ def _write_rank_files(
     except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors wrap a full disk in their own types
         return f"rank {ranks.rank}: {error}"
     return files
+
+
+def probe_seconds(run_dir: Path, num_bytes: int) -> float:
+    """What writing so many bytes of a checkpoint takes, judged by writing, flushing and hashing some of them.
+
+    Raises:
+        CheckpointError: the run folder cannot be written.
+    """
+    probe, size = run_dir / f".probe-{os.getpid()}", min(num_bytes, PROBED_BYTES)
+    started = time.perf_counter()
+    try:
+        probe.write_bytes(os.urandom(1 << 20) * (size >> 20) + bytes(size & 0xFFFFF))
+        _sync(probe)
+        _sha256(probe)
+    except OSError as error:
+        raise CheckpointError(f"{run_dir}: cannot be written ({error}); free space or mend permissions") from None
+    finally:
+        probe.unlink(missing_ok=True)
+    return (time.perf_counter() - started) * num_bytes / max(size, 1)
 
 
 def _move_aside(folder: Path) -> None:

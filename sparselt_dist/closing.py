@@ -18,6 +18,7 @@ def closing_text(summary: dict[str, Any], run_dir: Path, times: dict[str, float]
         f"peak memory {summary['peak_memory_gib']:.2f} GiB over all ranks",
         *_learned(summary),
         *_prelude(summary),
+        *_landing(summary),
         _ledger(times),
         f"  run folder   {run_dir} (metrics.jsonl, checkpoints/, summary.json)",
     ]
@@ -59,6 +60,21 @@ def _prelude(summary: dict[str, Any]) -> list[str]:
         return []
     before, training = (format_duration(summary[key]) for key in ("prelude_seconds", "training_seconds"))
     return [f"  budget       {before} before the first step, {training} of training after it"]
+
+
+def _landing(summary: dict[str, Any]) -> list[str]:
+    """How a budget of time was met, and what it took from the wall."""
+    lines = []
+    limit = summary.get("budget_seconds")
+    if (
+        limit is not None and summary["status"] == "finished" and summary["seconds"] > 0.9 * limit
+    ):  # else another ended it
+        lines.append(
+            f"  budget       last save and evaluation ended at {100 * summary['seconds'] / limit:.1f} % of {limit:.0f} s"
+        )
+    if summary.get("energy_kwh") is not None:
+        lines.append(f"  energy       {summary['energy_kwh']:.3g} kWh of the devices, restarts included")
+    return lines
 
 
 def _ledger(times: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 
 class Section(BaseModel):
@@ -122,13 +122,15 @@ class ObjectiveSection(BaseModel):
 
 
 class OptimSection(Section):
-    name: Literal["adamw", "adamw-hf"] = Field(
+    name: Literal["adamw", "adamw-hf", "muon"] = Field(
         "adamw",
-        description="adamw-hf: as transformers 4 had it, epsilon before bias correction, decay after the update",
+        description="adamw-hf: as transformers 4 had it, epsilon before bias correction, decay after the update; "
+        "muon: for the matrices between tables and head, its steps as large as adamw's, which has the rest; ZeRO stage 0",
     )
     peak_lr: float = Field(1e-3, gt=0, description="learning rate at a schedule multiplier of 1")
     betas: tuple[float, float] = Field((0.9, 0.98), description="Adam's moment decays", strict=False)
     eps: float = Field(1e-12, gt=0, description="Adam's epsilon")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum, with Nesterov's step")
     weight_decay: float = Field(0.01, ge=0, description="decoupled; never on biases and norms")
     encoder_lr_ratio: float = Field(
         1.0, gt=0, description="learning rate of the encoder relative to heads and the objective's own parameters"
@@ -144,8 +146,10 @@ class ScheduleSection(Section):
 
 
 class TrainSection(Section):
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="sequences a rank and forward pass"
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto", "fastest"] = Field(
+        "auto",
+        description="sequences a rank and forward pass; auto: the largest that divides, up to 32; fastest: tried out before "
+        "the clock starts",
     )
     global_batch_size: int = Field(64, ge=1, description="sequences an optimizer step")
     batch_ramp_end: float | None = Field(
@@ -164,12 +168,24 @@ class TrainSection(Section):
     evaluate_every_steps: int | None = Field(None, ge=1, description="held-out loss during training; null: at the end")
     evaluate_samples: int = Field(2048, ge=1, description="held-out rows an evaluation")
     yardsticks: bool = Field(True, description="objective-independent measures at the end")
+    profile: int = Field(0, ge=0, description="steps of a start to trace after its first ones, into profile/; 0: none")
+    give_up_loss: float | None = Field(
+        None,
+        gt=0,
+        description="end the run if its loss is above this after train.give_up_hours (cramming: 6); null: off",
+    )
+    give_up_hours: float = Field(3.0, gt=0, description="hours of the budget's clock until train.give_up_loss counts")
 
 
 class BudgetSection(Section):
     max_steps: int | None = Field(None, description="optimizer steps; null: off")
     max_tokens: int | None = Field(None, description="non-pad tokens; null: off")
     max_hours: float | None = Field(None, description="wall-clock hours of training, restarts included; null: off")
+    reserve_seconds: float | None = Field(
+        None,
+        ge=0,
+        description="of max_hours, kept for the last save and evaluation; null: predicted from measured ones",
+    )
 
 
 class CheckpointSection(Section):
@@ -184,6 +200,13 @@ class LogSection(Section):
     batch_digest: bool = Field(False, description="journal a hash of each global step's sample keys; logs every step")
     peak_tflops: float | None = Field(
         None, gt=0, description="peak of a device for MFU; null: known table, or measured"
+    )
+    device_watts: float | None = Field(
+        None, gt=0, description="power of a rank's device for the energy in the summary; null: that of a known device"
+    )
+    expected_loss: list[Annotated[tuple[float, float, float], Strict(False)]] | None = Field(
+        None,
+        description="[share of the budget, training loss, its sigma], shares rising: warn when off by over 3 sigma; null: off",
     )
 
 

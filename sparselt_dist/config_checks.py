@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sparselt_dist.architectures import Architecture
 from sparselt_dist.budget import SCHEDULES
 from sparselt_dist.config import Config
 from sparselt_dist.config_layers import Faults, Merged, did_you_mean, show
-from sparselt_dist.ds_config import check_ds_config, read_ds_config
+from sparselt_dist.ds_config import MUON_NEEDS, check_ds_config, read_ds_config
 
 _PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -111,6 +112,7 @@ def _is_a(value: Any, name: str) -> bool:
 def check_contradictions(config: Config, merged: Merged, faults: Faults, *, for_training: bool) -> None:
     """Note values that are sound alone and wrong together; a key already at fault is not reported again."""
     _check_budget(config, merged, faults, for_training)
+    _check_expected_loss(config, merged, faults)
     _check_data(config, merged, faults, for_training)
     _check_optimisation(config, merged, faults)
     _check_batch(config, merged, faults)
@@ -121,7 +123,7 @@ def check_contradictions(config: Config, merged: Merged, faults: Faults, *, for_
 
 
 def _check_budget(config: Config, merged: Merged, faults: Faults, for_training: bool) -> None:
-    limits = {key: getattr(config.budget, key) for key in type(config.budget).model_fields}
+    limits = {key: getattr(config.budget, key) for key in ("max_steps", "max_tokens", "max_hours")}
     for key, limit in limits.items():
         path = f"budget.{key}"
         if limit is not None and limit <= 0 and not faults.touch(path):
@@ -129,6 +131,21 @@ def _check_budget(config: Config, merged: Merged, faults: Faults, for_training: 
     if for_training and not any(limit is not None for limit in limits.values()) and not faults.touch("budget"):
         expected = f"at least one of {', '.join(limits)}"
         faults.add(merged.source("budget"), "budget", "no limit", expected, "set one, such as budget.max_steps=1000")
+    reserve, hours = config.budget.reserve_seconds, config.budget.max_hours
+    if reserve is not None and hours is not None and 0 < hours * 3600 <= reserve:
+        path, expected = "budget.reserve_seconds", f"less than budget.max_hours ({hours * 3600:g} s)"
+        faults.add(merged.source(path), path, show(reserve), expected, "or null, to have it predicted")
+
+
+def _check_expected_loss(config: Config, merged: Merged, faults: Faults) -> None:
+    points = config.log.expected_loss
+    if points is None or faults.touch("log.expected_loss"):
+        return
+    shares = [share for share, _, _ in points]
+    rising = all(low < high for low, high in itertools.pairwise(shares))
+    if len(points) < 2 or not rising or shares[0] < 0 or shares[-1] > 1 or any(sigma <= 0 for _, _, sigma in points):
+        expected = "two or more [share, loss, sigma], shares rising from >= 0 to <= 1, sigmas > 0"
+        faults.add(merged.source("log.expected_loss"), "log.expected_loss", show(points), expected, "or null")
 
 
 def _same_place(first: str, second: str) -> bool:
@@ -178,13 +195,20 @@ def _check_optimisation(config: Config, merged: Merged, faults: Faults) -> None:
         path = "schedule.decay"
         expected = f"at most {1 - schedule.warmup:g}, what schedule.warmup ({schedule.warmup}) leaves"
         faults.add(merged.source(path), path, str(schedule.decay), expected, "shorten one of them")
+    if config.optim.name == "muon" and config.train.zero_stage and not faults.touch("train.zero_stage"):
+        path, fix = "train.zero_stage", "set train.zero_stage=0, or optim.name=adamw"
+        faults.add(merged.source(path), path, str(config.train.zero_stage), f"0: {MUON_NEEDS}", fix)
     if not all(0 <= beta < 1 for beta in betas):
         faults.add(merged.source("optim.betas"), "optim.betas", show(list(betas)), "two numbers >= 0 and < 1")
 
 
 def _check_batch(config: Config, merged: Merged, faults: Faults) -> None:
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if micro == "auto" or batch % micro == 0 or faults.touch("train.global_batch_size", "train.micro_batch_size"):
+    if (
+        isinstance(micro, str)
+        or batch % micro == 0
+        or faults.touch("train.global_batch_size", "train.micro_batch_size")
+    ):
         return
     path = "train.global_batch_size"
     above = (batch // micro + 1) * micro

@@ -267,9 +267,12 @@ class Merged:
     fallback: str = "defaults"
     inherited: set[str] = field(default_factory=set)
     """Keys that an earlier layer set for another architecture, objective or schedule than the final one."""
+    layers: list[str] = field(default_factory=list)
+    """Sources in the order they were laid."""
 
     def add(self, layer: Layer) -> None:
         """Lay one layer over the rest."""
+        self.layers.append(layer.source)
         self._mark_inherited(layer)
         if layer.values:
             self.fallback = layer.source
@@ -282,6 +285,13 @@ class Merged:
                 return self.sources[path]
             path = path.rpartition(".")[0]
         return self.fallback
+
+    def set_after(self, path: str) -> list[str]:
+        """Key paths that a later layer than the one of `path` has set."""
+        if path not in self.sources:
+            return []
+        later = self.layers[self.layers.index(self.sources[path]) + 1 :]
+        return [other for other, source in self.sources.items() if source in later]
 
     def value(self, path: str, default: Any) -> Any:
         """What the layers set at a path."""

@@ -49,6 +49,29 @@ __all__ = [
     "resolve_deepspeed",
 ]
 
+# What a reference loss depends on. Not on `prepare.output_dir` and the like, nor on how the work is split.
+_RECIPE = (
+    *(
+        "data.train",
+        "data.validation",
+        "data.sequence_length",
+        "data.shuffle_window",
+        "prepare.source",
+        "prepare.tokenizer",
+    ),
+    *(
+        "prepare.vocab_size",
+        "prepare.packing",
+        "prepare.order",
+        "model.",
+        "objective.",
+        "optim.",
+        "schedule.",
+        "budget.max_",
+    ),
+    *("train.global_batch_size", "train.batch_ramp_end", "train.precision"),
+)
+
 
 def load_config(
     names: Sequence[str],
@@ -79,6 +102,7 @@ def load_config(
     prune_inherited_fields(merged)
     _prune_inherited_objective_keys(merged)
     _prune_inherited_warmup(merged)
+    _prune_inherited_reference(merged)
     config = _validate(merged, faults)
     check_model(config, merged, faults, for_training=for_training)
     _check_objective(config, merged, faults)
@@ -364,3 +388,10 @@ def _prune_inherited_warmup(merged: Merged) -> None:
     is_fixed = isinstance(section, dict) and str(section.get("name")).startswith("budget-")
     if is_fixed and "schedule.warmup" in merged.inherited:
         merged.drop("schedule.warmup")
+
+
+def _prune_inherited_reference(merged: Merged) -> None:
+    """Drop the reference loss of an earlier layer where a later one changes what is trained, on what or for how long."""
+    changed = (path for path in merged.set_after("log.expected_loss") if "." in path)
+    if any(path.startswith(_RECIPE) for path in changed):
+        merged.drop("log.expected_loss")

@@ -89,6 +89,17 @@ def find_device(name: str) -> Device:
     return read_device(path)
 
 
+def watts_of(device_name: str) -> float | None:
+    """Power under load of the shipped description that a device's own name fits (`NVIDIA A100-SXM4-80GB`); None: unknown."""
+    if "PCIe" in device_name or "MIG" in device_name:  # which draw less than the modules that are described
+        return None
+    plain = _plain(device_name).replace(" ", "")
+    for known in shipped_devices():
+        if known != "cpu" and _plain(known.partition("-80gb")[0]) in plain:
+            return read_device(DEVICE_FOLDER / f"{known}.yaml").watts
+    return None
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 

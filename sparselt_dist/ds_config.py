@@ -53,6 +53,8 @@ EXECUTION_KEYS = (
     "wall_clock_breakdown",
 )
 
+MUON_NEEDS = "optim.name=muon needs whole matrices and their gradients on every rank"
+
 
 def ds_config_folder() -> Path:
     """Where the shipped DeepSpeed files lie: inside an installed package, or beside it in a checkout."""
@@ -129,6 +131,9 @@ def check_ds_config(
     if stage is not None and wanted is not None and stage != wanted:
         expected = f"{wanted} (train.zero_stage)"
         faults.add(name, "zero_optimization.stage", str(stage), expected, "set only one of the two, or both alike")
+    if config.optim.name == "muon" and stage:
+        fix = "choose single_gpu, or optim.name=adamw"
+        faults.add(name, "zero_optimization.stage", str(stage), f"0: {MUON_NEEDS}", fix)
     _check_keys(name, values, faults)
 
 

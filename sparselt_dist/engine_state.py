@@ -1,4 +1,4 @@
-"""Full fp32 weights and Adam moments in and out of a DeepSpeed engine, whatever its ZeRO stage.
+"""Full fp32 weights and the optimizer's moments in and out of a DeepSpeed engine, whatever its ZeRO stage.
 
 Tensors leave and enter whole and under the model's own parameter names, so a checkpoint knows nothing of ranks and
 partitions and any stage and world size can load it. (DeepSpeed's own files tie a checkpoint to both.)
@@ -23,7 +23,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from sparselt_dist.optim import state_keys
 
 
 def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
@@ -43,10 +43,11 @@ def gather_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]
 
 
 def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Adam's moments as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before the first step. All ranks together."""
+    """The moments of all parameters, Adam's as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before the first step. All
+    ranks together."""
     _create_states(engine)
-    for name, parameter in trainable(engine):
-        for key in MOMENTS:
+    for name, parameter, keys in _with_state_keys(engine):
+        for key in keys:
             if engine.zero_optimization_stage() == 0:
                 value = engine.basic_optimizer.state[parameter][key]
             else:
@@ -57,8 +58,8 @@ def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]
 def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor], steps_taken: int) -> None:
     """Put back what `gather_moments` gave; `read` takes its names. Sets Adam's own step count as well."""
     _create_states(engine)
-    for name, parameter in trainable(engine):
-        for key in MOMENTS:
+    for name, parameter, keys in _with_state_keys(engine):
+        for key in keys:
             value = read(f"{name}#{key}")
             if engine.zero_optimization_stage() == 0:
                 engine.basic_optimizer.state[parameter][key].copy_(value)
@@ -67,7 +68,17 @@ def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor]
             else:
                 safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
     for state in engine.basic_optimizer.state.values():
-        state["step"].fill_(float(steps_taken))
+        if "step" in state:  # Muon counts none
+            state["step"].fill_(float(steps_taken))
+
+
+def _with_state_keys(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter, tuple[str, ...]]]:
+    """`trainable`, and what the optimizer keeps for each; partitioned groups are all of one kind."""
+    groups = engine.basic_optimizer.param_groups
+    of_parameter = {id(parameter): state_keys(group) for group in groups for parameter in group["params"]}
+    usual = state_keys(groups[0])
+    for name, parameter in trainable(engine):
+        yield name, parameter, of_parameter.get(id(parameter), usual)
 
 
 def _own_partition(engine: DeepSpeedEngine, parameter: Any, value: torch.Tensor) -> torch.Tensor:
@@ -79,29 +90,31 @@ def _own_partition(engine: DeepSpeedEngine, parameter: Any, value: torch.Tensor)
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:
     """How many updates Adam has made (fp16 may have skipped some steps)."""
-    for state in engine.basic_optimizer.state.values():
-        return int(state["step"].item())
-    return 0
+    counts = (state["step"] for state in engine.basic_optimizer.state.values() if "step" in state)
+    return int(next(counts, torch.zeros(())).item())
 
 
-def _optimizer_tensors(engine: DeepSpeedEngine) -> list[torch.Tensor]:
-    """The tensors that Adam sees: parameters, or this rank's flat fp32 partitions."""
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    if stage in (1, 2):
-        return list(engine.optimizer.single_partition_of_fp32_groups)
-    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+def _optimizer_tensors(engine: DeepSpeedEngine) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
+    """The tensors that the optimizer sees, parameters or this rank's flat fp32 partitions, and what it keeps for each."""
+    stage, groups = engine.zero_optimization_stage(), engine.basic_optimizer.param_groups
+    if stage > 0:
+        optimizer = engine.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
+        yield from ((tensor, state_keys(groups[0])) for tensor in flat)
+        return
+    for group in groups:
+        yield from ((parameter, state_keys(group)) for parameter in group["params"])
 
 
 def _create_states(engine: DeepSpeedEngine) -> None:
-    """Adam's states as they are before its first step, where they do not exist yet."""
+    """The optimizer's states as they are before its first step, where they do not exist yet."""
     optimizer = engine.basic_optimizer
-    for tensor in _optimizer_tensors(engine):
-        if "exp_avg" not in optimizer.state[tensor]:
-            # torch keeps the count on the device for fused AdamW and as fp32 everywhere
-            optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            for key in MOMENTS:
+    for tensor, keys in _optimizer_tensors(engine):
+        if keys[0] not in optimizer.state[tensor]:
+            if "exp_avg" in keys:
+                # torch keeps the count on the device for fused AdamW and as fp32 everywhere
+                optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            for key in keys:
                 optimizer.state[tensor][key] = torch.zeros_like(tensor.data)
     if engine.zero_optimization_stage() in (1, 2):
         # DeepSpeed 0.19 links parameters to their states after the FIRST group's first step, when the other groups have

@@ -46,6 +46,8 @@ PHASES: Final = (
     "log",
     "evaluate",
     "checkpoint",
+    "yardsticks",
+    "export",
     "other",
 )
 _PLAIN_LINE_SECONDS: Final = 10.0
@@ -114,7 +116,7 @@ class TimeLedger:
 
     def _turn(self) -> None:
         now = self._clock()
-        self._seconds[self._stack[-1]] += now - self._mark
+        self._seconds[self._stack[-1]] += max(now - self._mark, 0.0)  # a clock that goes back takes nothing away
         self._mark = now
 
 

@@ -40,6 +40,7 @@ STEPS_TAG: Final = "sparselt.steps"
 _ARTIFACTS_TAG: Final = "sparselt.artifacts"
 _SMALL_ARTIFACTS: Final = (CONFIG_NAME, "ds_config.resolved.json", "environment.json")
 _MODEL: Final = "model"
+_PROFILE: Final = "profile"
 # MLflow's limits on one request and one value.
 _METRICS_PER_BATCH: Final = 1000
 _PARAMS_PER_BATCH: Final = 100
@@ -178,12 +179,13 @@ class MlflowSink:
             self._status = "RUNNING"
 
     def finish(self, status: FinalStatus, end_time: float | None = None) -> None:
-        """Summary, final status, then the exported model, which may take long."""
+        """Summary, final status, then a profile and the exported model, which may take long."""
         self._log_file(SUMMARY_NAME)
         if self._status != status:
             seconds = time.time() if end_time is None else end_time
             self._client.set_terminated(self._run, status=status, end_time=int(seconds * 1000))
             self._status = status
+        self._log_profile()
         self._log_model()
 
     @property
@@ -323,6 +325,13 @@ class MlflowSink:
         if path.is_file() and self._is_new(name, digest := hashlib.sha256(path.read_bytes()).hexdigest()):
             self._client.log_artifact(self._run, str(path))
             self._remember(name, digest)
+
+    def _log_profile(self) -> None:
+        """The trace and the table of `train.profile`, where there are any, as artifact `profile`."""
+        folder = self.run_dir / _PROFILE
+        if folder.is_dir() and self._is_new(_PROFILE, digest := _folder_digest(folder)):
+            self._client.log_artifacts(self._run, str(folder), _PROFILE)
+            self._remember(_PROFILE, digest)
 
     def _log_model(self) -> None:
         """The exported folder as artifact `model`, with the description that the registry and

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sparselt_dist.errors import ConfigError
+
 if TYPE_CHECKING:
     from sparselt_dist.config import OptimSection
 
@@ -57,6 +59,13 @@ def _encoder_parameters(model: nn.Module) -> frozenset[int]:
     return frozenset(id(parameter) for parameter in cast(Any, model).backbone.body.parameters())
 
 
+def hidden_matrices(model: nn.Module) -> frozenset[int]:
+    """The ids of the matrices inside `model.backbone.body`: of two dimensions, and no table that ids are looked up in."""
+    body = cast(Any, model).backbone.body
+    tables = {id(p) for part in model.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    return frozenset(id(p) for p in body.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in tables)
+
+
 class HuggingFaceAdamW(torch.optim.Optimizer):
     """AdamW as `transformers` had it up to version 4, with which BERT's heirs of those years were trained.
 
@@ -99,6 +108,65 @@ class HuggingFaceAdamW(torch.optim.Optimizer):
         parameter.mul_(1 - lr * group["weight_decay"])
 
 
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, as torch has it) for some groups, AdamW for the others, as one optimizer.
+
+    A matrix moves along its Nesterov momentum made orthogonal: all of its directions equally far. The step is scaled by
+    0.2 sqrt(max(rows, columns)), which gives it the root mean square of AdamW's (Liu et al. 2025, arXiv 2502.16982, section
+    2.2), so that one learning rate and one decay serve both. States are `momentum_buffer`, and those of AdamW.
+    """
+
+    def __init__(
+        self,
+        matrices: list[dict[str, object]],
+        others: list[dict[str, object]],
+        lr: float,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        self._muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True)
+        # The groups are shared, not copied: whoever sets a rate here sets it there.
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._muon.state = self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure` does."""
+        loss = closure() if closure is not None else None
+        self._muon.step()
+        self._adamw.step()
+        return loss
+
+
+def state_keys(group: dict[str, Any]) -> tuple[str, ...]:
+    """The names of the tensors that an optimizer keeps for each parameter of a group, beside its count of steps."""
+    return ("momentum_buffer",) if "ns_steps" in group else ("exp_avg", "exp_avg_sq")
+
+
+def _split_groups(
+    groups: list[dict[str, object]], matrices: frozenset[int]
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """The groups of the matrices and those of all else, empty ones left out."""
+    chosen, others = [], []
+    for group in groups:
+        parameters = cast(list[nn.Parameter], group["params"])
+        chosen.append({**group, "params": [p for p in parameters if id(p) in matrices]})
+        others.append({**group, "params": [p for p in parameters if id(p) not in matrices]})
+    return [group for group in chosen if group["params"]], [group for group in others if group["params"]]
+
+
+def _muon(model: nn.Module, groups: list[dict[str, object]], optim: OptimSection) -> MuonWithAdamW:
+    matrices, others = _split_groups(groups, hidden_matrices(model))
+    if not matrices:
+        raise ConfigError(
+            "optim.name: found 'muon' with a model that has no matrix to train between its tables and its head, expected "
+            "some; set optim.name=adamw"
+        )
+    return MuonWithAdamW(matrices, others, optim.peak_lr, optim.muon_momentum, optim.betas, optim.eps)
+
+
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adamw-hf": HuggingFaceAdamW,
@@ -108,7 +176,13 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def build_optimizer(model: nn.Module, optim: OptimSection, *, encoder_lr_ratio: float = 1.0) -> torch.optim.Optimizer:
     """The optimizer of `optim.name` with decay and rate groups; the trainer sets the rate of every step.
 
-    adamw is Loshchilov & Hutter 2019 as torch has it; adamw-hf is `HuggingFaceAdamW`.
+    adamw is Loshchilov & Hutter 2019 as torch has it; adamw-hf is `HuggingFaceAdamW`; muon is `MuonWithAdamW` with Muon on
+    `hidden_matrices`.
+
+    Raises:
+        ConfigError: muon, and a model without such matrices.
     """
     groups = parameter_groups(model, optim.weight_decay, encoder_lr_ratio=encoder_lr_ratio)
+    if optim.name == "muon":
+        return _muon(model, groups, optim)
     return _OPTIMIZERS[optim.name](groups, lr=optim.peak_lr, betas=optim.betas, eps=optim.eps)

@@ -344,6 +344,6 @@ def _batch_size(config: Config, plan: RunPlan, world_size: int, fraction: float)
 def fitting_world_sizes(config: Config, largest: int = 1024) -> list[int]:
     """Numbers of ranks, powers of two and small ones, that divide the global batch."""
     micro = config.train.micro_batch_size
-    unit = 1 if micro == "auto" else micro
+    unit = 1 if isinstance(micro, str) else micro
     counts = sorted({*range(1, 9), *(2**i for i in range(4, largest.bit_length()))})
     return [count for count in counts if config.train.global_batch_size % (count * unit) == 0]

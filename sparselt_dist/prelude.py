@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparselt_dist.metrics import TimeLedger
     from sparselt_dist.objectives.base import TokenizerInfo
     from sparselt_dist.run_start import Start
-    from sparselt_dist.trainer import Progress
+    from sparselt_dist.timekeeping import Progress
 
 COUNTED_TOKENS = 4_194_304
 MEETING_SECONDS = 1.0  # between the sums in which a working rank 0 hears of stops

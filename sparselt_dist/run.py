@@ -22,9 +22,12 @@ from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.data.loader import Loader
+from sparselt_dist.device import watts_of
+from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.journal import Journal
 from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_flops, peak_memory_gib
+from sparselt_dist.micro_batch_search import find_fastest
 from sparselt_dist.models.assembly import build_collator, build_model
 from sparselt_dist.models.workload import workload
 from sparselt_dist.objectives import get_objective
@@ -32,6 +35,8 @@ from sparselt_dist.objectives.base import PreludeStopped
 from sparselt_dist.objectives.cost import flops_per_token
 from sparselt_dist.optim import build_optimizer
 from sparselt_dist.prelude import begin, make_setting, prelude_metrics, prelude_summary
+from sparselt_dist.profiling import FOLDER as PROFILE_FOLDER
+from sparselt_dist.profiling import StepProfile
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 from sparselt_dist.run_start import Data, Start, find_start, open_data, write_start
 from sparselt_dist.trainer import Outcome, Trainer
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
 DRY_PRELUDE_SECONDS = 5.0  # of an objective in a dry run
+SAVE_OVER_WRITE, SAVE_SECONDS = 1.2, 0.1  # a save gathers, commits and rotates besides
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
 
 
@@ -81,6 +87,22 @@ def _loaded_model(config: Config, data: Data, source: Path | None) -> Pretrainin
     if source is not None:
         checkpoint.load_into(model, source)
     return model
+
+
+def _settled(
+    config: Config, data: Data, start: Start, ranks: distributed.Ranks, device: torch.device, console: ConsoleProgress
+) -> Config:
+    """The configuration with a number for `train.micro_batch_size=fastest`; a resume keeps the number found before."""
+    if config.train.micro_batch_size != "fastest":
+        return config
+    chosen: int | str | None = None
+    if start.checkpoint is not None:
+        chosen = checkpoint.read_meta(start.checkpoint)["config"]["train"]["micro_batch_size"]
+    if not isinstance(chosen, int) or config.train.global_batch_size % (chosen * ranks.world_size):
+        chosen, report = find_fastest(config, data.train, data.tokenizer, ranks, device)
+        console.message(report)
+    train = config.train.model_copy(update={"micro_batch_size": chosen})
+    return config.model_copy(update={"train": train})
 
 
 def _restore_rank(start: Start, ranks: distributed.Ranks, seed: int) -> None:
@@ -124,6 +146,10 @@ def _utilisation(
     return utilisation
 
 
+def _device_watts(device: torch.device) -> float | None:
+    return None if device.type == "cpu" else watts_of(torch.cuda.get_device_name(device))
+
+
 def _row_length(corpora: Corpora) -> float:
     """Tokens a row: what attention spans."""
     return float(corpora.manifest.sequence_length or corpora.mean_length)
@@ -154,6 +180,10 @@ class Run:
         self.dir = Path(plan.output_dir)
         self.journal = Journal(self.dir) if ranks.is_main else None
         self.last_values: dict[str, Any] = {}
+        traced = config.train.profile if ranks.is_main else 0
+        self.profile = StepProfile(self.dir / PROFILE_FOLDER, traced) if traced else None
+        points = config.log.expected_loss
+        self.expected = ExpectedCurve(points) if points is not None and ranks.is_main else None
         for line in Journal.read(self.dir) if ranks.is_main else []:
             self.last_values.update(line)
         self.prelude = start.prelude
@@ -180,13 +210,15 @@ class Run:
                 pin_memory=engine.device.type == "cuda",
             ),
             validation=data.validation,
-            evaluation_collator=build_collator(config, data.tokenizer),
+            collator=build_collator(config, data.tokenizer),
             progress=start.progress,
             ledger=ledger,
             stop_flag=stop_flag,
             on_log=self.log,
             on_save=self.save,
+            probe_save=self.probe_save,
             on_complaint=self.complain,
+            on_step=self.after_step,
             utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
         )
 
@@ -194,7 +226,10 @@ class Run:
         """Train to the end of the budget or a stop, and finish."""
         if self.data.validation is None:
             self.console.message("no held-out shards (data.validation): no evaluation and no yardsticks")
-        outcome = self.trainer.run()
+        try:
+            outcome = self.trainer.run()
+        finally:
+            self._tell(self.profile.finish(self.ledger.seconds()) if self.profile is not None else None)
         if outcome == "finished":
             self._finish()
         memory = torch.tensor([peak_memory_gib()], dtype=torch.float64, device=self.engine.device)
@@ -221,20 +256,35 @@ class Run:
             "model_dir": str(model_dir) if model_dir.exists() else None,
             "data_manifest_sha256": self.data.train.manifest.sha256,
             "peak_memory_gib": self.peak_memory_gib,
+            **self._budget_summary(),
             **prelude_summary(self.config, self.prelude, progress),
             **yardsticks,
         }
+
+    def _budget_summary(self) -> dict[str, Any]:
+        """The budget of the clock, where there is one; energy, where the device's power is known; a run that gave up."""
+        limit = self.trainer.time.budget.max_seconds
+        told: dict[str, Any] = {} if limit is None else {"budget_seconds": limit}
+        watts = self.config.log.device_watts or _device_watts(self.engine.device)
+        if watts is not None:  # of the devices alone, as under load all the time
+            told["energy_kwh"] = watts * self.ranks.world_size * self.ledger.total() / 3.6e6
+        return {**told, **({"gave_up": True} if self.trainer.given_up else {})}
 
     def log(self, line: dict[str, Any]) -> None:
         """One journal line, and the live line."""
         if not self.prelude_is_told:  # in the first line of each start, for one of an earlier start may be cut off
             line = {**line, **prelude_metrics(self.config, self.prelude, self.trainer.progress)}
             self.prelude_is_told = True
+        if self.expected is not None and "train/loss" in line:
+            figures, warning = self.expected.compare(line["progress/fraction"], line["train/loss"])
+            line = {**line, **figures}
+            if warning is not None:
+                self.complain(warning)
         self.last_values.update(line)
         if self.journal is None:
             return
         self.journal.append(line)
-        fraction = line.get("progress/fraction", self.trainer.fraction())
+        fraction = line.get("progress/fraction", self.trainer.time.fraction())
         seconds = self.trainer.progress.seconds - self.trainer.progress.prelude_seconds
         self.console.update(
             step=line["step"],
@@ -243,6 +293,15 @@ class Run:
             tokens_per_second=self.last_values.get("perf/tokens_per_second"),
             seconds_left=seconds * (1 - fraction) / fraction if fraction else None,
         )
+
+    def after_step(self) -> None:
+        """Count a step for the profile."""
+        if self.profile is not None:
+            self._tell(self.profile.after_step(self.trainer.progress.step, self.ledger.seconds()))
+
+    def _tell(self, text: str | None) -> None:
+        if text is not None:
+            self.console.message(text)
 
     def complain(self, text: str) -> None:
         """A warning of this rank, such as a bad shard that is left out."""
@@ -277,13 +336,25 @@ class Run:
             keep=self.config.checkpoint.keep,
         )
 
+    def probe_save(self) -> float:
+        """What a save takes, judged by writing some bytes where it will write its share: weights and two moments."""
+        # whole ones, of which a rank holds a part under ZeRO-3
+        weights = sum(getattr(tensor, "ds_numel", tensor.numel()) for tensor in self.engine.module.parameters())
+        written = checkpoint.probe_seconds(self.dir, 3 * 4 * weights // self.ranks.world_size)
+        return SAVE_OVER_WRITE * written + SAVE_SECONDS
+
     def _finish(self) -> None:
-        """After the budget: last checkpoint, held-out loss, yardsticks, export; the last line gets the figures."""
-        self.trainer.save()
-        line = {"step": self.trainer.progress.step, **self.trainer.evaluate()}
+        """After the budget: last checkpoint and held-out loss, which belong to it; yardsticks and export, which do not.
+
+        The last line gets all figures, the first of them at once.
+        """
+        line = {"step": self.trainer.progress.step, **self.trainer.land()}
+        self.trainer.log(line, more_to_come=True)  # the journal joins lines of one step
+        if self.journal is not None:
+            self.journal.sync()
         line.update(distributed.on_main(self.ranks, self._yardsticks))
         distributed.on_main(self.ranks, lambda: self._export({**self.last_values, **line}))
-        self.trainer.log(line)  # the journal joins lines of one step
+        self.trainer.log(line)
 
     def _yardsticks(self) -> dict[str, float]:
         from sparselt_dist.evaluation.yardsticks import run_yardsticks
@@ -292,7 +363,7 @@ class Run:
         if not self.config.train.yardsticks or self.data.validation is None:
             return {}
         self.console.message("measuring the yardsticks on held-out text")
-        with self.ledger.phase("evaluate"):
+        with self.ledger.phase("yardsticks"):
             return run_yardsticks(
                 # whole, whatever the ZeRO stage, and with what the objective adds to it
                 load_checkpoint(self.newest).model.to(self.engine.device).backbone,
@@ -305,7 +376,7 @@ class Run:
     def _export(self, metrics: dict[str, Any]) -> None:
         from sparselt_dist.models.exporting import export_checkpoint
 
-        with self.ledger.phase("checkpoint"):
+        with self.ledger.phase("export"):
             export_checkpoint(self.newest, self.dir / "model", metrics=metrics)
 
 
@@ -363,6 +434,8 @@ def pretrain(
     run_dir = Path(plan.output_dir)
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
+    config = _settled(config, data, start, ranks, device, console)
+    plan = make_plan(config, ranks.world_size)
     claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
     ledger.restore(start.ledger_seconds)
     distributed.on_main(ranks, lambda: write_start(run_dir, config, plan, data, ranks, start, profile, str(device)))

@@ -37,8 +37,11 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     name = config.train.deepspeed_config
     values = read_ds_config(name, "train", faults)
     micro_batch_size = _micro_batch_size(config, world_size, faults)
-    faults.raise_if_any()
     stage = file_stage(values)
+    if config.train.micro_batch_size == "fastest" and (config.train.zero_stage or stage) == 3:
+        expected = "a number or auto with ZeRO stage 3: the search holds the whole model on each device"
+        faults.add("batch sizes", "train.micro_batch_size", "fastest", expected)
+    faults.raise_if_any()
     path = find_ds_config(name) if name is not None else None
     return RunPlan(
         output_dir=config.run.output_dir or f"runs/{config.run.name}",
@@ -51,18 +54,18 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
 
 def _micro_batch_size(config: Config, world_size: int, faults: Faults) -> int:
     batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    unit = world_size if micro == "auto" else world_size * micro
+    unit = world_size if isinstance(micro, str) else world_size * micro
     if batch % unit == 0:
         share = batch // world_size
-        if micro != "auto":
+        if not isinstance(micro, str):
             return micro
         return max(d for d in range(1, min(share, LARGEST_AUTO_MICRO_BATCH) + 1) if share % d == 0)
     below, above = batch // unit * unit, (batch // unit + 1) * unit
     near = f"{below} or {above}" if below else str(above)
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    split = ranks if micro == "auto" else f"{ranks} x train.micro_batch_size {micro}"
+    split = ranks if isinstance(micro, str) else f"{ranks} x train.micro_batch_size {micro}"
     fix = f"nearest that fit: {near}"
-    if micro != "auto" and batch % world_size == 0:
+    if not isinstance(micro, str) and batch % world_size == 0:
         share = batch // world_size
         fits = max(d for d in range(1, min(share, micro) + 1) if share % d == 0)
         fix += f", or train.micro_batch_size={fits}"

@@ -20,7 +20,7 @@ from sparselt_dist.journal import Journal, replace_file
 from sparselt_dist.metrics import ConsoleProgress
 from sparselt_dist.objectives.base import PreludeReport
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
-from sparselt_dist.trainer import Progress
+from sparselt_dist.timekeeping import Progress
 
 if TYPE_CHECKING:
     from sparselt_dist.objectives.base import TokenizerInfo
@@ -109,7 +109,7 @@ def find_start(
     prelude = meta.get("prelude")
     return Start(
         found,
-        Progress(**meta["progress"]),
+        Progress.from_dict(meta["progress"]),
         meta["ledger_seconds"],
         None if prelude is None else PreludeReport(**prelude),
     )

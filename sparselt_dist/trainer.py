@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparselt_dist import distributed
-from sparselt_dist.budget import Budget, batch_size_at, lr_multiplier
+from sparselt_dist.budget import lr_multiplier
 from sparselt_dist.config import Config
 from sparselt_dist.data.batch import Batch
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
 from sparselt_dist.errors import DataError, SparseltError
+from sparselt_dist.landing import TRAINING_OVER_FORWARD, NextStep
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
-from sparselt_dist.objectives.base import SharesStatistics, loss_terms
+from sparselt_dist.objectives.base import FollowsProgress, SharesStatistics, loss_terms
 from sparselt_dist.step_sums import Drawn, Sums
+from sparselt_dist.timekeeping import Progress, Timekeeper
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora
@@ -38,22 +39,6 @@ _LANES = 4  # a 64-bit digest travels as 16-bit lanes, whose sums are exact in f
 
 class NonFiniteLossError(RuntimeError):
     """A loss was NaN or infinite; no update was made from it."""
-
-
-@dataclass
-class Progress:
-    """What a run has done; with the weights, all that a resume needs."""
-
-    step: int = 0
-    tokens: int = 0
-    position: int = 0  # samples drawn, over all ranks
-    seconds: float = 0.0  # of the budget: prelude and training, restarts included, by rank 0's clock
-    skipped: int = 0  # samples left out because their shard was bad
-    step_seconds: float = 0.0  # what a step takes by rank 0's clock, evaluations and a start's first step left out
-    prelude_seconds: float = 0.0  # of the objective's prelude, before the first step
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -79,13 +64,15 @@ class Trainer:
         micro_batch_size: int,
         loader: Loader,
         validation: Corpora | None,
-        evaluation_collator: Collator,
+        collator: Collator,
         progress: Progress,
         ledger: TimeLedger,
         stop_flag: distributed.StopFlag,
         on_log: Callable[[dict[str, Any]], None],
         on_save: Callable[[], None],
+        probe_save: Callable[[], float],
         on_complaint: Callable[[str], None],
+        on_step: Callable[[], None],
         utilisation: Callable[[float], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -95,46 +82,51 @@ class Trainer:
         self.micro_batch_size = micro_batch_size
         self.loader = loader
         self.validation = validation
-        self.evaluation_collator = evaluation_collator
+        self.collator = collator
         self.progress = progress
         self.ledger = ledger
         self.stop_flag = stop_flag
         self.on_log = on_log
         self.on_save = on_save
+        self.probe_save = probe_save  # what a save takes on this rank, judged without one
         self.on_complaint = on_complaint  # of this rank
+        self.on_step = on_step  # after a step and all that followed it
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
         self.counts = ("num_targets", "num_tokens", *getattr(engine.module.objective, "counts", ()))
-        self.budget = Budget.from_section(config.budget, progress.prelude_seconds)
         self.device = engine.device
+        self.time = Timekeeper(
+            config, progress, ranks, micro_batch_size=micro_batch_size, device=engine.device, clock=clock
+        )
         self.is_first_step = True
-        self.usual_step_seconds = progress.step_seconds
         self.step_seconds = 0.0
         self.log_seconds = 0.0
         self.checkpoint_seconds = 0.0
         self.first_batch_seconds: float | None = None
         self.data_fault: SparseltError | None = None
         self.complaints: set[str] = set()
+        self.given_up = False
+        self.is_timed_again = False
 
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> Outcome:
         """Train; returns "finished" (budget spent) or "stopped" (asked for, checkpoint committed)."""
-        started = self.clock() - self.progress.seconds
         micro_batches = iter(self.loader)
-        while not self.spent():
+        self.time.start()
+        if self.time.needs_rehearsal():
+            self._rehearse()
+        while (step := self.time.next_step) is not None:
             before = self.ledger.seconds()
-            result = self._train_step(micro_batches, started)
+            result = self._train_step(micro_batches, step)
             after = self.ledger.seconds()
             # A step's time runs from the last step's end, its logging included, evaluations and checkpoints not.
             self.step_seconds = sum(after.values()) - sum(before.values()) + self.log_seconds
-            if not self.is_first_step:
-                self.usual_step_seconds = self.step_seconds
             self.is_first_step = False
             data_seconds = after["data"] - before["data"]
-            done = self.spent()
+            done = self.time.next_step is None
             line_due = result.stop or done or self._due(self.config.log.every_steps) or self.config.log.batch_digest
-            evaluation_due = not done and self._due(self.config.train.evaluate_every_steps)
+            evaluation_due = not done and self._due(self.config.train.evaluate_every_steps, self.progress.pace.evaluate)
             line: dict[str, Any] = {}
             if line_due or evaluation_due:
                 with self.ledger.phase("log"):
@@ -142,31 +134,83 @@ class Trainer:
             if evaluation_due:
                 line.update(self.evaluate())
             if line:
-                self.log(line)
+                self.log(line, more_to_come=done)
             self.log_seconds = self.ledger.seconds()["log"] - after["log"]
-            if result.stop or (not done and self._due(self.config.checkpoint.every_steps)):
+            if result.stop or (not done and self._due(self.config.checkpoint.every_steps, self.progress.pace.save)):
                 self.save()
+            self.on_step()
+            if not self.is_timed_again and self.time.nears_the_end():
+                self._rehearse_again()
             if result.stop:
                 return "stopped" if not done else "finished"
+            if self._is_hopeless(line):
+                break
         return "finished"
 
-    def spent(self) -> bool:
-        """Whether the budget ends here; for hours, whether the next step would end past the deadline."""
-        return self.budget.spent(
-            steps=self.progress.step,
-            tokens=self.progress.tokens,
-            seconds=self.progress.seconds,
-            next_step_seconds=self.progress.step_seconds,
-        )
+    def land(self) -> dict[str, float]:
+        """The last checkpoint and held-out loss, which belong to the budget; all ranks call it after `run`."""
+        limit = self.time.budget.max_seconds
+        self.progress.landed_seconds = limit or 0.0
+        reserve = {} if limit is None else {"budget/reserve_seconds": self.time.reserve()}
+        self.save()
+        values = {**self.evaluate(), "budget/elapsed_seconds": self.progress.seconds, **reserve}
+        self._say(self.time.verdict())
+        return values
 
-    def fraction(self) -> float:
-        """The spent share of the budget, in [0, 1]."""
-        return self.budget.fraction(
-            steps=self.progress.step, tokens=self.progress.tokens, seconds=self.progress.seconds
-        )
+    def _say(self, complaint: str | None) -> None:
+        if complaint is not None and self.ranks.is_main:
+            self.on_complaint(complaint)
 
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.progress.step % every == 0
+    def _due(self, every: int | None, seconds: float = 0.0) -> bool:
+        """Whether something is due that takes so long; not if training would have to end before it."""
+        return every is not None and self.progress.step % every == 0 and self.time.left() > seconds
+
+    def _is_hopeless(self, line: dict[str, Any]) -> bool:
+        """Whether the loss, where one was just logged, is too high for the time that was spent."""
+        limit, seconds = self.config.train.give_up_loss, self.config.train.give_up_hours * 3600
+        loss = line.get("train/loss")
+        if limit is None or loss is None or self.progress.seconds < seconds or loss <= limit:
+            return False
+        self.given_up = True
+        spent = f"{loss:.3f} after {self.progress.seconds:.0f} s"
+        self._say(f"the loss is {spent}, above train.give_up_loss ({limit:g}): the run ends here")
+        return True
+
+    def _rehearse(self) -> None:
+        """On the clock: what the last evaluation and save will take. With `train.compile` an evaluation is compiled here."""
+        with self.ledger.phase("compile" if self.config.train.compile else "evaluate"):
+            self._time_evaluation(first=True)
+        with self.ledger.phase("checkpoint"):
+            save = self.time.pace.save or distributed.agreed(self.ranks, self.probe_save)
+        self.time.pace = self.time.pace._replace(save=save)
+        self.time.meet()
+        self._say(self.time.complaint())
+
+    def _rehearse_again(self) -> None:
+        """Near the end: the machine may have become slower or faster since the last evaluation was timed."""
+        self.is_timed_again = True
+        with self.ledger.phase("evaluate"):
+            self._time_evaluation(first=False)
+        self.time.meet()
+
+    def _time_evaluation(self, *, first: bool) -> None:
+        """Judge by two batches what an evaluation takes; before the first, and for a new shape, one is run untimed."""
+        if self.validation is None:
+            return
+        stride = self.micro_batch_size * self.ranks.world_size
+        rows = min(self.config.train.evaluate_samples, self.validation.num_samples)
+        if first:
+            self._held_out(min(rows, stride))
+            if self.config.train.compile and rows % stride:
+                self._held_out(rows % stride)  # the last batch has a shape of its own
+        timed = min(rows, 2 * stride)
+        started = self.clock()
+        self._held_out(timed)
+        seconds = self.clock() - started
+        self.time.pace = self.time.pace._replace(
+            evaluate=seconds * rows / timed,
+            micro_step=self.time.pace.micro_step or TRAINING_OVER_FORWARD * seconds * min(stride, timed) / timed,
+        )
 
     def _line_may_be_due(self, step: int) -> bool:
         """Whether the journal gets a line for a step, as far as it can be known before its end."""
@@ -176,19 +220,21 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _train_step(self, micro_batches: Iterator[MicroBatch], started: float) -> StepResult:
-        fraction = self.fraction()
+    def _train_step(self, micro_batches: Iterator[MicroBatch], step: NextStep) -> StepResult:
+        started = self.clock()
+        fraction = self.time.share(step)
         lr = self._set_rate(fraction)
         self.engine.module.set_progress(self.progress.step, fraction)
-        batch_size = self._batch_size(fraction)
-        drawn = self._draw(micro_batches, batch_size // (self.micro_batch_size * self.ranks.world_size))
+        batch_size = step.micro_steps * self.time.unit
+        drawn = self._as_of(self._draw(micro_batches, step.micro_steps), fraction)
         total = self._agree_on_targets(drawn, batch_size)
         self._share_statistics(drawn)
         sums = Sums()
         for number, micro_batch in enumerate(drawn):
             last = number == len(drawn) - 1
             self._forward_backward(micro_batch.batch, total.counts, sums, last)
-        stop, seconds, usual = self._agree_before_update(sums, started)
+        stop = self._agree_before_update(sums, started, step.micro_steps)
+        passed = self.clock()
         with self.ledger.phase("optimizer"):
             norm = self._own_gradient_norm()
             self.engine.step()
@@ -196,9 +242,10 @@ class Trainer:
         self.progress.tokens += total.counts["num_tokens"]
         self.progress.skipped += total.skipped
         self.progress.position += batch_size
-        self.progress.seconds, self.progress.step_seconds = seconds, usual
         if norm is None:
             norm = self.engine.get_global_grad_norm()
+        self.time.plan()
+        self.time.pace = self.time.pace.after_update(self.clock() - passed + self.log_seconds)
         return StepResult(sums, total, lr, None if norm is None else float(norm), stop)
 
     def _own_gradient_norm(self) -> torch.Tensor | None:
@@ -222,14 +269,6 @@ class Trainer:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         return lr
 
-    def _batch_size(self, fraction: float) -> int:
-        """Sequences of this global step; the ramp counts the micro-batches of all ranks as one."""
-        target = self.config.train.global_batch_size
-        if self.config.train.batch_ramp_end is None:
-            return target
-        unit = self.micro_batch_size * self.ranks.world_size
-        return batch_size_at(fraction, micro_batch_size=unit, target=target, ramp_end=self.config.train.batch_ramp_end)
-
     def _draw(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
         started = self.clock()
         with self.ledger.phase("data"):
@@ -240,6 +279,13 @@ class Trainer:
         if self.first_batch_seconds is None:
             self.first_batch_seconds = self.clock() - started
         return drawn
+
+    def _as_of(self, drawn: list[MicroBatch], fraction: float) -> list[MicroBatch]:
+        """The micro-batches as they are at this share of the budget, which the workers that made them did not know."""
+        if not (isinstance(self.collator, FollowsProgress) and self.collator.follows_progress):
+            return drawn
+        with self.ledger.phase("data"):
+            return [made._replace(batch=self.collator.at_progress(made.batch, fraction)) for made in drawn]
 
     def _agree_on_targets(self, drawn: list[MicroBatch], batch_size: int) -> Drawn:
         """Targets and tokens of the global step, and its digest: the one sum over ranks.
@@ -311,20 +357,22 @@ class Trainer:
             ]
             self.engine.backward(torch.stack(weighed).sum(), scale_wrt_gas=False)
 
-    def _agree_before_update(self, sums: Sums, started: float) -> tuple[bool, float, float]:
-        """All losses finite, any rank asked to stop, rank 0's clock and usual step time: the one minimum over ranks.
+    def _agree_before_update(self, sums: Sums, started: float, micro_steps: int) -> bool:
+        """All losses finite, any rank asked to stop, rank 0's clock and pace: the one minimum over ranks.
+
+        Returns whether to stop.
 
         Raises:
             NonFiniteLossError: on all ranks alike, before the optimizer moves.
         """
         with self.ledger.phase("communication"):
             finite = sums.loss_is_finite()
-            clock = (self.clock() - started, self.usual_step_seconds) if self.ranks.is_main else (np.inf, np.inf)
-            numbers = torch.tensor([float(finite), -float(self.stop_flag.is_set), *clock], dtype=torch.float64)
-            all_finite, stop, seconds, usual = distributed.reduce_min(numbers.to(self.device)).tolist()
+            if not (self.is_first_step and self.config.train.compile):  # which is no pace
+                self.time.pace = self.time.pace.after_pass(self.clock() - started, micro_steps)
+            all_finite, stop = self.time.agree([float(finite), -float(self.stop_flag.is_set)])
         if not all_finite:
             self._raise_non_finite(finite)
-        return stop < 0, seconds, usual
+        return stop < 0
 
     def _raise_non_finite(self, own_is_finite: bool) -> None:
         reports = distributed.gather_objects(None if own_is_finite else self._sample_keys(), self.ranks)
@@ -337,8 +385,8 @@ class Trainer:
 
     def _sample_keys(self) -> list[str]:
         """Keys of this rank's samples in the step under way."""
-        count = self._batch_size(self.fraction()) // self.ranks.world_size
-        return self.loader.keys(self.progress.position, count)
+        micro_steps = self.time.next_step.micro_steps if self.time.next_step is not None else 0
+        return self.loader.keys(self.progress.position, micro_steps * self.micro_batch_size)
 
     # ---------------------------------------------------------------- after a step
 
@@ -346,13 +394,23 @@ class Trainer:
         """Held-out loss and terms, on the same rows with the same masks every time."""
         if self.validation is None:
             return {}
+        started = self.clock()
+        with self.ledger.phase("evaluate"):
+            means = self._held_out(self.config.train.evaluate_samples)
+        self.time.pace = self.time.pace._replace(evaluate=self.clock() - started)
+        self.time.meet()
+        return {f"eval/{name.removeprefix('term/')}": value for name, value in means.items() if name != "term/loss"}
+
+    def _held_out(self, max_samples: int) -> dict[str, float]:
+        """Means over the first held-out rows."""
+        assert self.validation is not None
         sums = Sums()
         self.engine.eval()
-        with self.ledger.phase("evaluate"), torch.no_grad():
+        with torch.no_grad():
             for batch in evaluation_batches(
                 self.validation,
-                self.evaluation_collator,
-                max_samples=self.config.train.evaluate_samples,
+                self.collator,
+                max_samples=max_samples,
                 micro_batch_size=self.micro_batch_size,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
@@ -361,7 +419,7 @@ class Trainer:
                 sums.add_output(self.engine(_to_device(batch, self.device)), batch)
             means = sums.means(self.device)
         self.engine.train()
-        return {f"eval/{name.removeprefix('term/')}": value for name, value in means.items() if name != "term/loss"}
+        return means
 
     def _line(self, result: StepResult, data_seconds: float) -> dict[str, Any]:
         """The journal's line of a step; all ranks call it together."""
@@ -377,8 +435,7 @@ class Trainer:
         line.update(
             {
                 "progress/tokens": self.progress.tokens,
-                "progress/fraction": self.fraction(),
-                "budget/elapsed_seconds": self.progress.seconds,
+                "progress/fraction": self.time.fraction(),
                 "perf/tokens_per_second": tokens_per_second,
                 "perf/step_seconds": self.step_seconds,
                 "perf/mfu": tokens_per_second * self.utilisation(targets / max(tokens, 1)),
@@ -388,6 +445,8 @@ class Trainer:
                 "perf/memory_gib": peak_memory_gib(),
             }
         )
+        if self.time.next_step is not None:  # else the last save and evaluation are still to come
+            line["budget/elapsed_seconds"] = self.progress.seconds
         if self.first_batch_seconds is not None and self.first_batch_seconds >= 0:
             line["perf/first_batch_seconds"] = self.first_batch_seconds
             self.first_batch_seconds = -1.0  # only in the first line of a start
@@ -397,18 +456,20 @@ class Trainer:
             line["progress/skipped_samples"] = self.progress.skipped
         return line
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Hand a line, completed by the time ledger, to the run's journal."""
+    def log(self, line: dict[str, Any], *, more_to_come: bool = False) -> None:
+        """Hand a line to the run's journal, completed by the time ledger unless the same step gets a later line."""
         with self.ledger.phase("log"):
-            times = {f"time/{phase}_seconds": seconds for phase, seconds in self.ledger.seconds().items()}
-            self.on_log({**line, **times})
+            self.on_log(line if more_to_come else {**line, **self.ledger.metrics()})
 
     def save(self) -> None:
         """Have a checkpoint committed; training waits for it."""
+        self.time.meet()  # a resume goes on from here
         started = self.clock()
         with self.ledger.phase("checkpoint"):
             self.on_save()
         self.checkpoint_seconds = self.clock() - started
+        self.time.pace = self.time.pace._replace(save=self.checkpoint_seconds)
+        self.time.meet()
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

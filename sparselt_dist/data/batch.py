@@ -19,6 +19,7 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 
@@ -51,3 +52,25 @@ def pad_examples(examples: list[Example], pad_id: int) -> tuple[np.ndarray, np.n
         ids_BL[row, : len(ids)] = ids
     mask_BL = (np.arange(longest)[None, :] < np.array(lengths)[:, None]).astype(np.int64)
     return ids_BL, mask_BL, seeds_B
+
+
+def cut_rows(batch: Batch, length: int, pad_id: int) -> Batch:
+    """Every row [L] as pieces [length] in order, the last one padded, pieces of padding alone left out.
+
+    No token or target is lost, and counts stay. Attention ends at a cut, and the positions of a document that is cut begin
+    anew there. Keys private to an objective stay as they are.
+    """
+    fill = {"input_ids": pad_id, "original_ids": pad_id, "labels": IGNORE_INDEX}
+    fill |= dict.fromkeys(("attention_mask", "segment_ids", "position_ids"), 0)
+    surplus = -batch["input_ids"].shape[1] % length
+    cut = {
+        key: F.pad(batch[key], (0, surplus), value=value).reshape(-1, length)
+        for key, value in fill.items()
+        if key in batch
+    }
+    used = cut["attention_mask"].any(dim=1)
+    cut = {key: value[used] for key, value in cut.items()}
+    if "segment_ids" in cut:
+        goes_on = (cut["segment_ids"] == cut["segment_ids"][:, :1]) & (cut["segment_ids"] > 0)
+        cut["position_ids"] = cut["position_ids"] - cut["position_ids"][:, :1] * goes_on
+    return {**batch, **cut}

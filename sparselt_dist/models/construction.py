@@ -260,6 +260,7 @@ def _load(
     config_cls = CONFIG_MAPPING[stored["model_type"]]
     standard = _construct(config_cls, stored, f"{source}/config.json")
     config = _construct(config_cls, {**stored, **_known_fields(section.config, standard)}, "model.config")
+    _check_same_parts(config, standard, source)
     _check_vocabulary(config, tokenizer, source)
     _check_positions(config, _positions_needed(config.model_type, tokenizer, sequence_length), source)
     auto = _auto_class(config, with_head)
@@ -291,6 +292,19 @@ def _check_same_architecture(section: ModelSection, source: str, found: str) -> 
             f"model.init_from: {source} holds a {found} model, expected {expected} as model.architecture says; "
             f"set model.architecture={found} or give another checkpoint"
         )
+
+
+def _check_same_parts(config: PretrainedConfig, stored: PretrainedConfig, source: str) -> None:
+    """The parts of a crammed-bert layer are those the weights were trained in; some of them fit any weights."""
+    if not isinstance(config, crammed.CrammedBertConfig):
+        return
+    for name in ("norm_type", "position_type", "rope_theta", "gate_activation"):
+        found, expected = getattr(config, name), getattr(stored, name)
+        if found != expected:
+            raise CheckpointError(
+                f"model.init_from: {source} was trained with {name} {expected!r}, found model.config.{name}={found!r}; "
+                "remove the field, or train the variant from new weights"
+            )
 
 
 def _check_vocabulary(config: PretrainedConfig, tokenizer: TokenizerInfo, source: str) -> None:

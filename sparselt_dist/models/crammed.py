@@ -12,10 +12,15 @@ word embedding. Invariants:
 * with labels, only the labelled positions pass through the head;
 * pretraining runs without dropout, so the dropout fields default to 0; fine-tuning sets them to 0.1.
 
+Three fields leave the official model, each on its own: `norm_type: rms` (Zhang & Sennrich 2019, arXiv 1910.07467),
+`position_type: rope` (Su et al. 2021, arXiv 2104.09864) and `gate_activation` (Shazeer 2020, arXiv 2002.05202; relu2: So et
+al. 2021, arXiv 2109.08668).
+
 This file stands alone (torch, transformers and the standard library): `save_pretrained` copies it beside the weights,
 so that an environment without this package loads the model with `trust_remote_code=True`.
 
-Shapes: B rows, T positions, D hidden, H heads, V vocabulary, N labelled positions, C classes.
+Shapes: B rows, T positions, D hidden, H heads, E width of a head, V vocabulary, N labelled positions,
+C classes.
 """
 
 from __future__ import annotations
@@ -51,7 +56,8 @@ class CrammedBertConfig(PretrainedConfig):  # type: ignore[misc]
 
     `intermediate_size` is the projection before gating (3072 gives an inner width of 1536). `pooler` is of sequence
     classification: "zero_index" takes the first position, "avg" the mean over all, padding included, as officially.
-    `decoder_bias` gives the head a bias, as the export of a recovered head needs.
+    `decoder_bias` gives the head a bias, as the export of a recovered head needs. `norm_type`, `position_type` and
+    `gate_activation` choose the parts of a layer; the defaults are the official model's.
     """
 
     model_type = MODEL_TYPE
@@ -72,6 +78,10 @@ class CrammedBertConfig(PretrainedConfig):  # type: ignore[misc]
     pooler: Literal["zero_index", "avg"] = "zero_index"
     tie_word_embeddings: bool = True
     decoder_bias: bool = False
+    norm_type: Literal["layer", "rms"] = "layer"
+    position_type: Literal["scaled-sinusoidal", "rope"] = "scaled-sinusoidal"
+    rope_theta: float = 10000.0
+    gate_activation: Literal["gelu", "silu", "relu2"] = "gelu"
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Every Auto class finds its class in the copied file, whichever of them was saved.
@@ -84,6 +94,14 @@ _AUTO_CLASSES = {
     "AutoModel": "CrammedBertModel",
     "AutoModelForMaskedLM": "CrammedBertForMaskedLM",
     "AutoModelForSequenceClassification": "CrammedBertForSequenceClassification",
+}
+
+
+VARIANTS = {
+    "pooler": ("zero_index", "avg"),
+    "norm_type": ("layer", "rms"),
+    "position_type": ("scaled-sinusoidal", "rope"),
+    "gate_activation": ("gelu", "silu", "relu2"),
 }
 
 
@@ -108,8 +126,14 @@ def check_config(config: CrammedBertConfig) -> None:
             f"pad_token_id is {config.pad_token_id}, expected 0: the row without look-up gradient must be padding; "
             "use a tokenizer whose padding token has id 0"
         )
-    if config.pooler not in ("zero_index", "avg"):
-        faults.append(f"pooler is {config.pooler!r}, expected 'zero_index' or 'avg'")
+    for name, choices in VARIANTS.items():
+        if getattr(config, name) not in choices:
+            faults.append(f"{name} is {getattr(config, name)!r}, expected {' or '.join(map(repr, choices))}")
+    if config.position_type == "rope":
+        if not wrong and width % (2 * heads):
+            faults.append(f"hidden_size is {width}, expected a multiple of {2 * heads}: rope turns pairs of a head")
+        if not config.rope_theta > 0:
+            faults.append(f"rope_theta is {config.rope_theta!r}, expected a number above 0")
     if faults:
         raise ValueError("crammed-bert: " + "; ".join(faults))
 
@@ -125,26 +149,55 @@ def sinusoid_table(length: int, width: int) -> Tensor:
     return torch.stack((torch.sin(angles), torch.cos(angles)), dim=-1).reshape(length, width)
 
 
-class CrammedBertEmbeddings(nn.Module):
-    """Word embedding + scale * sinusoid, then norm and dropout."""
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines [B or 1, 1, T, E/2] of the angles by which queries and keys are turned."""
 
-    position_table_TD: Tensor
+
+def rotation_at(positions_BT: Tensor, width: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """The angles p * theta^(-2i/E) of positions [B or 1, T], for pairs i of a head of width E; float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    pairs = torch.arange(0, width, 2, dtype=dtype, device=positions_BT.device)
+    angles_BTE = positions_BT[..., None].to(dtype) * torch.exp(pairs * (-math.log(theta) / width))
+    return torch.cos(angles_BTE)[:, None], torch.sin(angles_BTE)[:, None]
+
+
+def rotate(states_BHTE: Tensor, rotation: Rotation) -> Tensor:
+    """Each pair (i, i + E/2) turned by its angle, so that products of two states depend on their distance alone."""
+    cosine, sine = rotation
+    first, second = states_BHTE.chunk(2, dim=-1)
+    turned_BHTE = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return turned_BHTE.to(states_BHTE.dtype)
+
+
+def make_norm(config: CrammedBertConfig) -> nn.Module:
+    """A norm over the last dimension D: with mean and bias (`layer`) or without both (`rms`)."""
+    if config.norm_type == "rms":
+        return nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class CrammedBertEmbeddings(nn.Module):
+    """Word embedding, + scale * sinusoid unless positions are rotary, then norm and dropout."""
+
+    position_table_TD: Tensor | None
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_scale = nn.Parameter(torch.full((1,), width**-0.5))
-        self.register_buffer(
-            "position_table_TD", sinusoid_table(config.max_position_embeddings, width), persistent=False
-        )
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        table = None
+        if config.position_type == "scaled-sinusoidal":
+            self.position_scale = nn.Parameter(torch.full((1,), width**-0.5))
+            table = sinusoid_table(config.max_position_embeddings, width)
+        self.register_buffer("position_table_TD", table, persistent=False)
+        self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def reset_position_table(self) -> None:
-        """Fill the table again, in its present dtype and on its present device."""
-        with torch.no_grad():
-            self.position_table_TD.copy_(sinusoid_table(*self.position_table_TD.shape))
+        """Fill the table, where there is one, again in its present dtype and on its present device."""
+        if self.position_table_TD is not None:
+            with torch.no_grad():
+                self.position_table_TD.copy_(sinusoid_table(*self.position_table_TD.shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CrammedBertEmbeddings:
         # `to_empty` leaves noise in a buffer that no checkpoint holds, and a cast to bf16 and back loses digits.
@@ -155,6 +208,13 @@ class CrammedBertEmbeddings(nn.Module):
     def forward(self, input_ids_BT: Tensor | None, position_ids_BT: Tensor | None, words_BTD: Tensor | None) -> Tensor:
         if words_BTD is None:
             words_BTD = self.word_embeddings(input_ids_BT)
+        summed_BTD = self._with_positions(words_BTD, position_ids_BT)
+        hidden_BTD: Tensor = self.dropout(self.norm(summed_BTD))
+        return hidden_BTD
+
+    def _with_positions(self, words_BTD: Tensor, position_ids_BT: Tensor | None) -> Tensor:
+        if self.position_table_TD is None:
+            return words_BTD
         length, limit = words_BTD.shape[1], self.position_table_TD.shape[0]
         if length > limit and position_ids_BT is None:
             raise ValueError(
@@ -162,8 +222,8 @@ class CrammedBertEmbeddings(nn.Module):
                 "shorten the rows or build the model with a larger max_position_embeddings"
             )
         table = self.position_table_TD[:length] if position_ids_BT is None else self.position_table_TD[position_ids_BT]
-        hidden_BTD: Tensor = self.dropout(self.norm(words_BTD + self.position_scale * table.to(words_BTD.dtype)))
-        return hidden_BTD
+        summed_BTD: Tensor = words_BTD + self.position_scale * table.to(words_BTD.dtype)
+        return summed_BTD
 
 
 def attend(query_BHTE: Tensor, key_BHTE: Tensor, value_BHTE: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
@@ -202,7 +262,7 @@ def attend_by_products(
 
 
 class CrammedBertAttention(nn.Module):
-    """Softmax attention over one fused projection; no position term."""
+    """Softmax attention over one fused projection; no position term but the rotation, if there is one."""
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__()
@@ -212,26 +272,36 @@ class CrammedBertAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
 
-    def forward(self, hidden_BTD: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, bias: Tensor | None, rotation: Rotation | None = None) -> Tensor:
         rows, length, width = hidden_BTD.shape
         fused = self.qkv(hidden_BTD).view(rows, length, self.num_heads, 3, width // self.num_heads)
-        query, key, value = fused.permute(3, 0, 2, 1, 4).unbind(0)  # each [B, H, T, D/H]
+        query, key, value = fused.permute(3, 0, 2, 1, 4).unbind(0)  # each [B, H, T, E]
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         context = attend(query, key, value, bias, self.dropout if self.training else 0.0)
         mixed_BTD: Tensor = self.output(context.transpose(1, 2).reshape(rows, length, width))
         return mixed_BTD
 
 
+def _squared_relu(gate: Tensor) -> Tensor:
+    return F.relu(gate).square()
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu, "relu2": _squared_relu}
+
+
 class CrammedBertFeedForward(nn.Module):
-    """W_out(GELU(g) * u) with (u, g) the halves of one projection."""
+    """W_out(f(g) * u) with (u, g) the halves of one projection and f GELU unless `gate_activation` says otherwise."""
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__()
+        self.activate = _GATES[config.gate_activation]
         self.input = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.output = nn.Linear(config.intermediate_size // 2, config.hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         values, gate = self.input(hidden_BTD).chunk(2, dim=-1)
-        output_BTD: Tensor = self.output(F.gelu(gate) * values)
+        output_BTD: Tensor = self.output(self.activate(gate) * values)
         return output_BTD
 
 
@@ -240,14 +310,14 @@ class CrammedBertLayer(nn.Module):
 
     def __init__(self, config: CrammedBertConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = make_norm(config)
         self.attention = CrammedBertAttention(config)
-        self.ffn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn_norm = make_norm(config)
         self.ffn = CrammedBertFeedForward(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_BTD: Tensor, bias: Tensor | None) -> Tensor:
-        hidden_BTD = hidden_BTD + self.dropout(self.attention(self.attention_norm(hidden_BTD), bias))
+    def forward(self, hidden_BTD: Tensor, bias: Tensor | None, rotation: Rotation | None = None) -> Tensor:
+        hidden_BTD = hidden_BTD + self.dropout(self.attention(self.attention_norm(hidden_BTD), bias, rotation))
         output_BTD: Tensor = hidden_BTD + self.dropout(self.ffn(self.ffn_norm(hidden_BTD)))
         return output_BTD
 
@@ -290,7 +360,9 @@ class CrammedBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, CrammedBertEmbeddings):
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, CrammedBertEmbeddings) and module.position_table_TD is not None:
             nn.init.constant_(module.position_scale, self.config.hidden_size**-0.5)
             module.reset_position_table()
 
@@ -302,7 +374,7 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         super().__init__(config)
         self.embeddings = CrammedBertEmbeddings(config)
         self.layers = nn.ModuleList(CrammedBertLayer(config) for _ in range(config.num_hidden_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.final_norm = make_norm(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -328,13 +400,23 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_BTD = self.embeddings(input_ids, position_ids, inputs_embeds)
         bias = attention_bias(attention_mask, hidden_BTD.dtype)
+        rotation = self._rotation(hidden_BTD, position_ids)
         states = []
         for layer in self.layers:
             if keep:
                 states.append(hidden_BTD)
-            hidden_BTD = layer(hidden_BTD, bias)
+            hidden_BTD = layer(hidden_BTD, bias, rotation)
         hidden_BTD = self.final_norm(hidden_BTD)
         return BaseModelOutput(last_hidden_state=hidden_BTD, hidden_states=(*states, hidden_BTD) if keep else None)
+
+    def _rotation(self, hidden_BTD: Tensor, position_ids_BT: Tensor | None) -> Rotation | None:
+        """The same in all layers, so made once."""
+        if self.config.position_type != "rope":
+            return None
+        if position_ids_BT is None:
+            position_ids_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
+        width = self.config.hidden_size // self.config.num_attention_heads
+        return rotation_at(position_ids_BT, width, self.config.rope_theta, hidden_BTD.dtype)
 
 
 class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):

@@ -92,6 +92,19 @@ class Collator(Protocol):
     def __call__(self, examples: list[Example]) -> Batch: ...
 
 
+@runtime_checkable
+class FollowsProgress(Protocol):
+    """What a collator adds whose batches depend on the spent share of the budget, which loader workers cannot know ahead.
+
+    What the collator itself makes is as at the end of the budget; held-out loss is measured on that.
+    """
+
+    follows_progress: bool
+
+    def at_progress(self, batch: Batch, progress: float) -> Batch:
+        """A training batch as it is at a share in [0, 1]: a pure function, called on the CPU in the training process."""
+
+
 class ObjectiveModule(Protocol):
     """An `nn.Module` holding the heads and extra parameters of an objective."""
 

@@ -64,7 +64,10 @@ def flops_per_token(objective: Any, cfg: Any, work: Workload) -> float:
 
 def declared_targets(cfg: Any, *, is_causal: bool) -> float:
     """Targets a token that an objective's settings imply."""
-    return 1.0 if is_causal else float(getattr(cfg, "mlm_probability", 1.0))
+    if is_causal:
+        return 1.0
+    mean = getattr(cfg, "mean_probability", None)
+    return float(getattr(cfg, "mlm_probability", 1.0) if mean is None else mean())
 
 
 def expected_distinct(draws: float, num_ids: int) -> float:

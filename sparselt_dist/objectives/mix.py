@@ -31,6 +31,7 @@ from sparselt_dist.objectives.base import (
     API_VERSION,
     ChangesInputs,
     Collator,
+    FollowsProgress,
     InputChange,
     LossOutput,
     Objective,
@@ -348,8 +349,15 @@ class Mix:
         return total
 
     def build_collator(self, cfg: MixConfig, tokenizer: TokenizerInfo) -> Collator:
-        """Raises ConfigError: the tokenizer cannot serve a part."""
-        collators = [objective.build_collator(own, tokenizer) for _, objective, own in _objectives(cfg)]
+        """Raises ConfigError: the tokenizer cannot serve a part, or the batches of a part follow the budget."""
+        collators = []
+        for path, objective, own in _objectives(cfg):
+            collators.append(objective.build_collator(own, tokenizer))
+            if isinstance(collators[-1], FollowsProgress) and collators[-1].follows_progress:
+                raise ConfigError(
+                    f"{path}: found a share of targets or a row length that follows the budget, expected one number for all "
+                    f"of it in a mixture; give {path}.mlm_probability as a number and leave row_lengths out"
+                )
         return MixCollator(list(zip(parts_of(cfg), collators, strict=True)))
 
     def build_module(self, cfg: MixConfig, backbone: nn.Module) -> nn.Module:

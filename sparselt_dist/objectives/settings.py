@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Points = tuple[tuple[float, float], ...]
+_Numbers = Annotated[tuple[float, float], Field(strict=False)]
+_Lengths = Annotated[tuple[float, Annotated[int, Field(ge=1)]], Field(strict=False)]
+
+
+def value_at(points: Points, progress: float) -> float:
+    """The lines between points [share of the budget, value] at a share; of two points at one place the later holds from
+    there."""
+    before = [point for point in points if point[0] <= progress]
+    after = [point for point in points if point[0] > progress]
+    if not before or not after:
+        return before[-1][1] if before else after[0][1]
+    (start, low), (end, high) = before[-1], after[0]
+    return low + (high - low) * (progress - start) / (end - start)
+
+
+def _are_shares(shares: Sequence[float]) -> bool:
+    return list(shares) == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1
 
 
 class MLMConfig(BaseModel):
     """Keys beside `objective.name: mlm`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of positions that are targets")
+    mlm_probability: (
+        Annotated[float, Field(gt=0, lt=1)] | Annotated[tuple[_Numbers, ...], Field(strict=False, min_length=1)]
+    ) = Field(
+        0.15,
+        description="share of positions that are targets: a number, or points [share of the budget, share of positions] with "
+        "lines between",
+    )
+    row_lengths: Annotated[tuple[_Lengths, ...], Field(strict=False, min_length=1)] | None = Field(
+        None,
+        description="points [share of the budget, tokens]: from each share on, training rows are cut into pieces of so many "
+        "tokens; null: never",
+    )
     masking: Literal["bernoulli", "exact"] = Field(
         "bernoulli",
         description="bernoulli: each position on its own (BERT, RoBERTa); "
@@ -33,10 +65,45 @@ class MLMConfig(BaseModel):
             raise ValueError(f"mask_share + random_share of at most 1 (found {self.mask_share} + {self.random_share})")
         return self
 
+    @model_validator(mode="after")
+    def _points_rise(self) -> MLMConfig:
+        shares, rates = zip(*self.probability_points(), strict=True)
+        if not _are_shares(shares) or not 0 < min(rates) <= max(rates) < 1:
+            raise ValueError(
+                "mlm_probability with points [share of the budget, share of positions] whose first shares rise from 0 to at "
+                f"most 1 and whose second lie between 0 and 1 (found {[list(point) for point in self.probability_points()]})"
+            )
+        if self.row_lengths is not None and not _are_shares([share for share, _ in self.row_lengths]):
+            found = [list(point) for point in self.row_lengths]
+            raise ValueError(f"row_lengths with shares of the budget that rise from 0 to at most 1 (found {found})")
+        return self
+
+    def probability_points(self) -> Points:
+        """The share of targets as points [share of the budget, share of positions]."""
+        return ((0.0, self.mlm_probability),) if isinstance(self.mlm_probability, float) else self.mlm_probability
+
+    def probability_at(self, progress: float) -> float:
+        """The share of targets at a spent share of the budget in [0, 1]."""
+        return value_at(self.probability_points(), progress)
+
+    def mean_probability(self) -> float:
+        """The share of targets over the whole budget."""
+        points = self.probability_points()
+        points = ((0.0, points[0][1]), *points, (1.0, points[-1][1]))
+        pairs = pairwise(points)
+        return sum((end - start) * (low + high) / 2 for (start, low), (end, high) in pairs)
+
+    def row_length_at(self, progress: float) -> int | None:
+        """Tokens that rows are cut to at a spent share of the budget; None: they are left whole."""
+        reached = [length for share, length in self.row_lengths or () if share <= progress]
+        return reached[-1] if reached else None
+
 
 class CWTConfig(MLMConfig):
     """Keys beside `objective.name: cwt`: those of masked language modelling, and these."""
 
+    mlm_probability: float = Field(0.15, gt=0, lt=1, description="share of positions that are targets")
+    row_lengths: None = Field(None, description="null: only objective mlm cuts its rows")
     masking: Literal["bernoulli", "exact"] = Field(
         "exact",
         description="exact: round(p*L) targets a row, so that every micro-batch has as many negatives; "
@@ -240,26 +307,20 @@ class PartConfig(BaseModel):
     @model_validator(mode="after")
     def _points_rise(self) -> PartConfig:
         shares, factors = zip(*self.points(), strict=True)
-        if list(shares) != sorted(shares) or not 0 <= shares[0] <= shares[-1] <= 1 or min(factors) < 0:
+        if not _are_shares(shares) or min(factors) < 0:
             raise ValueError(
                 "weight with points [share of the budget, factor] whose shares rise from 0 to at most 1 and whose factors "
                 f"are not below 0 (found {[list(point) for point in self.points()]})"
             )
         return self
 
-    def points(self) -> tuple[tuple[float, float], ...]:
+    def points(self) -> Points:
         """The weight as points [share of the budget, factor]."""
         return ((0.0, self.weight),) if isinstance(self.weight, float) else self.weight
 
     def weight_at(self, progress: float) -> float:
         """The factor at a spent share of the budget in [0, 1]; of two points at one place the later holds from there."""
-        points = self.points()
-        before = [point for point in points if point[0] <= progress]
-        after = [point for point in points if point[0] > progress]
-        if not before or not after:
-            return before[-1][1] if before else after[0][1]
-        (start, low), (end, high) = before[-1], after[0]
-        return low + (high - low) * (progress - start) / (end - start)
+        return value_at(self.points(), progress)
 
     def own_keys(self) -> dict[str, Any]:
         """The keys for the configuration class of the part's objective."""

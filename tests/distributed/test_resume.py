@@ -49,6 +49,32 @@ def test_resume_is_bitwise(shards: Path, tmp_path: Path, zero_stage: int) -> Non
     assert_same(resumed, straight)
 
 
+@pytest.mark.parametrize("precision", [slow("fp32"), "bf16"])
+def test_resume_is_bitwise_with_muon(shards: Path, tmp_path: Path, precision: str) -> None:
+    options = (*RUN, "optim.name=muon", f"train.precision={precision}")
+    straight = run_ranks(1, shards, tmp_path / "straight", *options)
+    assert straight.code == 0, straight.output
+    assert any(
+        name.endswith("qkv.weight#momentum_buffer") and value.any() for name, value in straight.tensors().items()
+    )
+    resumed = run_ranks(1, shards, half_of(straight, tmp_path / "resumed"), *options, flags=("--resume", "must"))
+    assert_same(resumed, straight)
+
+
+def test_batches_that_follow_the_budget_resume_bitwise_and_do_not_depend_on_the_split(
+    shards: Path, tmp_path: Path
+) -> None:
+    schedules = ("objective.mlm_probability=[[0,0.4],[0.9,0.1]]", "objective.row_lengths=[[0,8],[0.6,32]]")
+    options = (*RUN[:3], *schedules)
+    straight = run_ranks(2, shards, tmp_path / "straight", *options, "data.num_workers=1")
+    assert straight.code == 0, straight.output
+    resumed = run_ranks(2, shards, half_of(straight, tmp_path / "resumed"), *options, flags=("--resume", "must"))
+    assert_same(resumed, straight)
+    alone = run_ranks(1, shards, tmp_path / "alone", *options, "train.micro_batch_size=8")
+    losses = [line["train/loss"] for line in straight.journal]
+    assert [line["train/loss"] for line in alone.journal] == pytest.approx(losses, rel=2e-6)
+
+
 def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     plain = RUN[:3]  # dropout is drawn by each rank for itself, so it is left out here
     straight = run_ranks(2, shards, tmp_path / "straight", *plain, "train.zero_stage=1")

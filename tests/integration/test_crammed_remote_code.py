@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
+from runs import slow
 
 from sparselt_dist.models.crammed import CrammedBertConfig, CrammedBertForMaskedLM
 
@@ -31,7 +33,12 @@ print(json.dumps({
 """
 
 
-def test_exported_folder_loads_without_this_package(tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [{}, slow({"norm_type": "rms", "position_type": "rope", "gate_activation": "silu"})],
+    ids=["official", "new"],
+)
+def test_exported_folder_loads_without_this_package(tmp_path, variant):
     torch.manual_seed(0)
     config = CrammedBertConfig(
         vocab_size=31,
@@ -40,6 +47,7 @@ def test_exported_folder_loads_without_this_package(tmp_path):
         num_attention_heads=2,
         intermediate_size=24,
         max_position_embeddings=8,
+        **variant,
     )
     model = CrammedBertForMaskedLM(config).eval()
     model.save_pretrained(tmp_path / "model")

@@ -94,6 +94,8 @@ def test_a_run_is_followed_to_its_end(run_dir: Path, store: str, monkeypatch: py
         process.send_signal(number)
     write(journal, 31, 60)
     journal.close()
+    (run_dir / "profile").mkdir()
+    (run_dir / "profile" / "steps.txt").write_text("forward 1.0")
     end(run_dir)
     assert wait_follower(process, run_dir, WAIT_SECONDS) == ""
 
@@ -115,7 +117,8 @@ def test_a_run_is_followed_to_its_end(run_dir: Path, store: str, monkeypatch: py
     }
     assert expected.items() <= {key.removeprefix("sparselt."): text for key, text in run.data.tags.items()}.items()
     artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"config.resolved.yaml", "ds_config.resolved.json", "environment.json", "summary.json"}
+    configuration = {"config.resolved.yaml", "ds_config.resolved.json", "environment.json"}
+    assert artifacts == {*configuration, "summary.json", "profile"}
     assert (Path(store.removeprefix("sqlite:///")).parent / "mlartifacts" / run.info.run_id).is_dir()
     assert not (run_dir.parent / "mlruns").exists()
     assert (run_dir / "mlflow.log").read_text() == ""

@@ -26,7 +26,8 @@ def ds_file(tmp_path: Path, values: object) -> str:
 
 
 def test_the_shipped_names() -> None:
-    assert set(list_profiles()) == {"quickstart", "crammed", "crammed-cpu", "base", "large", "slt-continue"}
+    crammed = {"crammed", "crammed-cpu", "crammed-2026", "crammed-cpu-2026"}
+    assert set(list_profiles()) == {"quickstart", "base", "large", "slt-continue", *crammed}
     assert list_ds_configs() == ["single_gpu", "zero1", "zero2", "zero3", "zero3_offload"]
 
 
@@ -55,6 +56,7 @@ def test_the_crammed_profile_is_the_published_recipe() -> None:
         "peak_lr": 1e-3,
         "betas": (0.9, 0.98),
         "eps": 1e-12,
+        "muon_momentum": 0.95,  # of another optimizer
         "weight_decay": 0.01,
         "encoder_lr_ratio": 1.0,
         "clip_norm": 0.5,
@@ -70,6 +72,29 @@ def test_the_crammed_profile_is_the_published_recipe() -> None:
         "exempt_special": False,
     }
     assert (config.prepare.order, config.prepare.max_tokens_per_character) == ("sentence-length", 0.25)
+
+
+@pytest.mark.parametrize("suffix", ["", "-cpu"])
+def test_the_later_recipe_differs_from_the_published_one_only_by_its_switches(suffix: str) -> None:
+    published, later = (load_config([f"crammed{suffix}{year}"], []).model_dump() for year in ("", "-2026"))
+    changed = {
+        f"{section}.{key}"
+        for section, values in later.items()
+        for key, value in values.items()
+        if value != published[section].get(key)
+    }
+    names = {"run.name", "data.train", "data.validation", "prepare.output_dir"}
+    assert changed - names == {
+        "prepare.packing",
+        "model.config",
+        "objective.cross_entropy",
+        "optim.name",
+        "schedule.name",
+        "schedule.warmup",
+        "schedule.decay",
+    }
+    sizes = published["model"]["config"]
+    assert {key: later["model"]["config"][key] for key in sizes} == sizes
 
 
 @pytest.mark.parametrize("name", list_ds_configs())

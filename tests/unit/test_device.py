@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from sparselt_dist import device
-from sparselt_dist.device import DEVICE_FOLDER, find_device, measured, read_device, shipped_devices
+from sparselt_dist.device import DEVICE_FOLDER, find_device, measured, read_device, shipped_devices, watts_of
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.metrics import peak_flops
 
@@ -88,3 +88,11 @@ def test_numbers_that_are_given_are_not_measured() -> None:
     values = find_device("cpu").model_dump() | {"peak_tflops": {"bf16": 1.0}, "memory_gib": 8.0, "memory_gb_s": 9.0}
     given = device.Device.model_validate({**values, "price_of": "device"})
     assert measured(given, "bf16", 2) == given
+
+
+def test_the_power_of_a_known_device_is_found_by_its_own_name() -> None:
+    assert watts_of("NVIDIA A100-SXM4-80GB") == 400.0
+    assert watts_of("NVIDIA H100 80GB HBM3") == 700.0
+    assert watts_of("NVIDIA GeForce RTX 4090") == 450.0
+    assert watts_of("NVIDIA RTX A6000") == 300.0
+    assert watts_of("AMD Instinct MI300X") is None and watts_of("NVIDIA H100 PCIe") is None
