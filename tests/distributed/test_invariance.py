@@ -45,6 +45,24 @@ def test_same_losses_weights_and_samples(
         torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(("ranks", "zero_stage"), [slow(1, 0), slow(1, 1), (2, 2), slow(2, 3)])
+def test_the_gradient_is_clipped_before_the_update(shards: Path, tmp_path: Path, ranks: int, zero_stage: int) -> None:
+    """After one step Adam's first moment is (1 - beta1) times the gradient that it was given."""
+    moments, norms = [], []
+    for name, limit in (("free", "null"), ("clipped", "0.05")):
+        settings = ("budget.max_steps=1", f"train.zero_stage={zero_stage}", f"optim.clip_norm={limit}")
+        run = run_ranks(ranks, shards, tmp_path / name, *settings)
+        assert run.code == 0, run.output
+        moments.append({key: value for key, value in run.tensors().items() if key.endswith("exp_avg")})
+        norms.append(run.journal[0]["train/grad_norm"])
+    free, clipped = moments
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.5, "the norm said is that before clipping"
+    for name, moment in free.items():
+        torch.testing.assert_close(clipped[name], moment * (0.05 / norms[0]), rtol=1e-4, atol=1e-9)
+    given = torch.stack([value.norm() for value in clipped.values()]).norm() / (1 - 0.9)
+    assert float(given) == pytest.approx(0.05, rel=1e-3)
+
+
 def test_half_precision_agrees_within_its_rounding(shards: Path, tmp_path: Path, reference: Finished) -> None:
     half = run_ranks(2, shards, tmp_path, STEPS, "train.precision=bf16", "train.zero_stage=2")
     assert half.code == 0, half.output
