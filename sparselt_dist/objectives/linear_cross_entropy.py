@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sparselt_dist.data.batch import IGNORE_INDEX
 
 _SCORES_AT_ONCE = 2**24  # 64 MiB of fp32
+_NUMBERS_IN_CACHE = 2**19  # 2 MiB of fp32
 _FEWEST_ROWS = 256  # fewer, and adding up a gradient [V, D] a piece would cost more than its product
 
 Scores = Callable[[Tensor], Tensor]
@@ -44,13 +44,12 @@ class CrossEntropy(NamedTuple):
 def full_cross_entropy(scores: Scores, hidden_ND: Tensor, labels_N: Tensor) -> CrossEntropy:
     """The plain form: all scores at once."""
     scores_NV = scores(hidden_ND)
-    scores_NV = scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32))
     if len(scores_NV) == 0:
-        nothing = scores_NV.sum()  # attached to all that scores depend on
+        nothing = _widened(scores_NV).sum()  # attached to all that scores depend on
         return CrossEntropy(nothing, torch.zeros_like(nothing, dtype=torch.int64), torch.zeros_like(nothing))
-    total = F.cross_entropy(scores_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
-    best_N, guess_N = scores_NV.detach().max(dim=-1)
-    return CrossEntropy(total, (guess_N == labels_N).sum(), best_N.max())
+    return CrossEntropy(
+        *cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _CrossEntropyOfScores.apply)(scores_NV, labels_N)
+    )
 
 
 def chunked_cross_entropy(
@@ -137,6 +136,65 @@ def _leaves(scores_0V: Tensor) -> list[Tensor]:
             found.setdefault(id(node.variable), node.variable)
         waiting.extend(following for following, _ in node.next_functions)
     return list(found.values())
+
+
+def _widened(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+class _CrossEntropyOfScores(torch.autograd.Function):
+    """Sum of softmax cross-entropies, and its gradient by the scores in the same pass over rows that fit a cache.
+
+    Computed in float32 or wider from scores of any dtype. Nothing of size [N, V] is kept but the gradient, in the dtype of the
+    scores; of float16 scores in float32, for it is formed before the loss is scaled and could underflow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gradient_NV: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            kept_dtype = torch.float32 if scores_NV.dtype == torch.float16 else scores_NV.dtype
+            gradient_NV = torch.empty_like(scores_NV, dtype=kept_dtype)
+            ctx.save_for_backward(gradient_NV)
+        ctx.scores_dtype = scores_NV.dtype
+        ctx.rows = rows = _rows_in_cache(scores_NV)
+        totals, correct, largest = [], [], []
+        for start in range(0, len(scores_NV), rows):
+            raw_nV, labels_n = scores_NV[start : start + rows], labels_N[start : start + rows]
+            counts_n1 = (labels_n != IGNORE_INDEX)[:, None]
+            label_n1 = labels_n.clamp(min=0)[:, None]
+            best_n1 = raw_nV.amax(dim=1, keepdim=True)
+            own_n1 = raw_nV.gather(1, label_n1)
+            # The first of several equal scores is the guess; `argmax` is slow, and only these rows can be right.
+            hits = ((own_n1 == best_n1) & counts_n1).squeeze(1).nonzero().squeeze(1)
+            correct.append((_widened(raw_nV[hits]).argmax(dim=1) == labels_n[hits]).sum())
+            best_n1, own_n1 = _widened(best_n1), _widened(own_n1)
+            terms_nV = (raw_nV - best_n1).exp_()
+            sums_n1 = terms_nV.sum(dim=1, keepdim=True)
+            totals.append(((sums_n1.log() + best_n1 - own_n1) * counts_n1).sum())
+            largest.append(best_n1.max())
+            if gradient_NV is not None:
+                share_n1 = counts_n1.to(terms_nV.dtype)
+                terms_nV.mul_(share_n1 / sums_n1).scatter_add_(1, label_n1, -share_n1)
+                gradient_NV[start : start + rows] = terms_nV
+        results = torch.stack(totals).sum(), torch.stack(correct).sum(), torch.stack(largest).max()
+        ctx.mark_non_differentiable(*results[1:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
+        (gradient_NV,) = ctx.saved_tensors
+        scaled_NV = torch.empty_like(gradient_NV, dtype=ctx.scores_dtype)
+        for part_nV, slot_nV in zip(gradient_NV.split(ctx.rows), scaled_NV.split(ctx.rows), strict=True):
+            slot_nV.copy_(_widened(part_nV) * grad_total)  # in half precision the factor would be rounded first
+        return scaled_NV, None
+
+
+def _rows_in_cache(scores_NV: Tensor) -> int:
+    """Rows handled at a time: few on a CPU, whose caches are much faster than its memory."""
+    numbers = _NUMBERS_IN_CACHE if scores_NV.device.type == "cpu" else _SCORES_AT_ONCE
+    return max(1, numbers // scores_NV.shape[1])
 
 
 class _GradientsInForward(torch.autograd.Function):

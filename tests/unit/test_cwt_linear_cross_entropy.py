@@ -144,3 +144,36 @@ def test_masked_language_modelling_with_chunks(monkeypatch: pytest.MonkeyPatch) 
     assert chunked.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
     assert chunked.metrics["accuracy"] == full.metrics["accuracy"]
     torch.testing.assert_close(of_chunked, of_full, rtol=1e-5, atol=1e-7)
+
+
+def test_half_precision_scores_give_the_rounded_gradient() -> None:
+    """Computed in float32 from bf16 scores; the factor from above is not rounded before it is applied."""
+    scores = torch.randn(40, 97, generator=torch.Generator().manual_seed(1)).mul(4).bfloat16().requires_grad_()
+    labels = inputs(torch.float32, 40)[3]
+    found = full_cross_entropy(lambda hidden: hidden, scores, labels)
+    plain = F.cross_entropy(scores.float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    assert found.total.dtype == torch.float32 and found.total.item() == pytest.approx(plain.item(), rel=1e-6)
+    (ours,), (theirs,) = (torch.autograd.grad(total * 1.003, [scores]) for total in (found.total, plain))
+    assert ours.dtype == torch.bfloat16
+    bias = (ours.float() / theirs.float())[theirs != 0].mean().item()
+    assert bias == pytest.approx(1, abs=2e-4)  # 1.003 in bf16 is 1.0
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+
+
+def test_small_gradients_of_float16_scores_survive_until_the_loss_is_scaled() -> None:
+    scores = torch.tensor([[20.0, 0.0]], dtype=torch.float16, requires_grad=True)
+    found = full_cross_entropy(lambda hidden: hidden, scores, torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(found.total * 2.0**16, [scores])
+    assert gradient[0, 1].item() == pytest.approx(2.0**16 * 2.06115e-9, rel=1e-2)
+
+
+def test_of_equal_scores_the_first_is_the_guess() -> None:
+    scores = torch.zeros(3, 5)
+    found = full_cross_entropy(lambda hidden: hidden, scores, torch.tensor([0, 4, 2]))
+    assert int(found.correct) == 1 and found.total.item() == pytest.approx(3 * 1.6094379)
+
+
+def test_a_score_that_is_not_a_number_reaches_the_loss() -> None:
+    scores = torch.zeros(2, 5).index_fill(0, torch.tensor([1]), float("nan"))
+    found = full_cross_entropy(lambda hidden: hidden, scores, torch.tensor([0, 1]))
+    assert found.total.isnan() and found.largest.isnan()
