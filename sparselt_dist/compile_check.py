@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # By precision, of losses up to 10, in proportion above; and of a gradient, as a share of its norm.
 ALLOWED_LOSS = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
-ALLOWED_GRADIENT = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+ALLOWED_GRADIENT = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.03}
 SMALL_GRADIENT = 0.05  # of the norm of all: a parameter's own norm counts as this much at least
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FP16_SCALE = 2.0**12  # or small gradients vanish, as without a loss scaler

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from runs import run_ranks
+from warm_rank import TIMED_MARK
 
 
 def test_the_search_leaves_no_trace_and_its_choice_is_kept(shards: Path, tmp_path: Path) -> None:
@@ -47,6 +48,20 @@ def test_a_profile_and_a_ledger_that_adds_up(shards: Path, tmp_path: Path) -> No
     assert run.summary["energy_kwh"] == pytest.approx(100 * ledger / 3.6e6, rel=0.1)
     assert run.output.count("sigma above") == 1 and last["expected/sigmas"] > 3
     assert "above train.give_up_loss (0.01): the run ends here" in run.output and run.summary["gave_up"]
+
+
+def test_the_ledger_is_the_wall_clock_of_the_command(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TIMED_MARK, "1")
+    run = run_ranks(1, shards, tmp_path, "budget.max_hours=0.001", "checkpoint.every_steps=40", "log.every_steps=10")
+    assert run.code == 0, run.output
+    outside = float(re.search(r"the command took ([\d.]+) s", run.output)[1])
+    told, phases = re.search(r"\n  time +([\d.]+) s: (.*)", run.output).groups()
+    assert float(told) == pytest.approx(outside, rel=0.01)
+    assert sum(map(int, re.findall(r"(\d+) %", phases))) == pytest.approx(100, abs=3)
+    logged = sum(value for key, value in run.journal[-1].items() if key.startswith("time/"))
+    assert logged == pytest.approx(outside, rel=0.01)
 
 
 def test_a_budget_shorter_than_a_step_ends_with_code_0_and_says_that_it_was_late(shards: Path, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_eager_passes_that_do_not_fit_are_told_of(monkeypatch: pytest.MonkeyPatc
         (9.9002, 0.0, "bf16", True),
         (9.92, 0.0, "bf16", False),
         (9.9, 0.002, "fp32", False),
-        (9.9, 0.05, "bf16", True),
+        (9.9, 0.02, "bf16", True),
         (9.9, 0.2, "fp16", False),
         (float("nan"), 0.0, "bf16", False),
         (9.9, float("nan"), "bf16", False),
