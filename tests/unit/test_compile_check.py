@@ -48,7 +48,7 @@ def compile_by(model: PretrainingModel, fault: str = "") -> None:
     model.backbone.body.compile(backend=backend)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_true_compiler_passes_and_leaves_nothing_behind(precision: str) -> None:
     model, batch = tiny()
     compile_by(model)
@@ -59,8 +59,9 @@ def test_a_true_compiler_passes_and_leaves_nothing_behind(precision: str) -> Non
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("fault", ["values", "gradients", "nan"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("fault", "precision"), [("values", "fp32"), ("values", "bf16"), ("gradients", "bf16"), ("nan", "fp32")]
+)
 def test_a_compiler_that_changes_results_is_refused(fault: str, precision: str) -> None:
     model, batch = tiny()
     compile_by(model, fault)
