@@ -70,3 +70,12 @@ def test_a_budget_shorter_than_a_step_ends_with_code_0_and_says_that_it_was_late
     assert run.summary["steps"] == 1 and run.summary["seconds"] > 0.0036
     assert "ended" in run.output and "after the budget" in run.output
     assert run.journal[-1]["train/lr"] > 0, "the one step is taken at the start of the schedule"
+
+
+def test_a_dry_run_goes_through_everything_and_leaves_nothing(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = run_ranks(1, shards, folder, "budget.max_hours=1", "checkpoint.every_steps=1", flags=("--dry-run",))
+    assert run.code == 0, run.output
+    assert "dry run: two steps, evaluation, checkpoint and export went through" in run.output
+    assert "finished after 2 steps" in run.output
+    assert list(tmp_path.iterdir()) == []
