@@ -78,7 +78,9 @@ def _landing(summary: dict[str, Any]) -> list[str]:
 
 
 def _ledger(times: dict[str, float]) -> str:
-    """Where the wall clock went, largest first."""
-    total = sum(times.values()) or 1.0
-    shares = sorted(((seconds / total, phase) for phase, seconds in times.items()), reverse=True)
-    return "  time         " + ", ".join(f"{phase} {100 * share:.0f} %" for share, phase in shares if share >= 0.005)
+    """Where all of the wall clock went, earlier starts included, largest first."""
+    total = sum(times.values())
+    shares = sorted(((seconds / (total or 1.0), phase) for phase, seconds in times.items()), reverse=True)
+    return f"  time         {total:.2f} s: " + ", ".join(
+        f"{phase} {100 * share:.0f} %" for share, phase in shares if share >= 0.005
+    )

@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.extensions import usable_cores
+
+if TYPE_CHECKING:
+    import torch
 
 DEVICE_FOLDER = Path(__file__).parent / "devices"
 GIB = 2**30
@@ -147,6 +150,23 @@ def measured(device: Device, precision: Precision, ranks_here: int) -> Device:
     if device.price_of == "core":
         values["price_per_hour"] = device.price_per_hour * cores / ranks_here
     return device.model_copy(update=values)
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Refuse bf16 on a GPU without such arithmetic, which torch would emulate, slower than fp32. Any CPU may have it.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    import torch
+
+    if precision != "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return
+    name = torch.cuda.get_device_name(device)
+    raise ConfigError(
+        f"train.precision: found bf16, which {name} has no arithmetic for; set train.precision=fp16 (or fp32), or take a "
+        "GPU of the generation of A100 or later"
+    )
 
 
 def _peak(threads: int, precision: Precision) -> float:

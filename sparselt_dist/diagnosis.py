@@ -296,7 +296,11 @@ def check_devices(config: Config | None, world_size: int) -> list[Finding]:
         return [Finding("note", "GPU", f"none ({built}): ranks run on the CPU over gloo")]
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     findings = [Finding("ok", "GPU", ", ".join(names))]
-    if config is not None and config.train.precision == "bf16" and not torch.cuda.is_bf16_supported():
+    if (
+        config is not None
+        and config.train.precision == "bf16"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         findings.append(Finding("error", "GPU", "no bf16 arithmetic", "set train.precision=fp16"))
     if world_size > len(names):
         found = f"{len(names)} here for --world {world_size}"

@@ -22,7 +22,7 @@ from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.data.loader import Loader
-from sparselt_dist.device import watts_of
+from sparselt_dist.device import check_precision, watts_of
 from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.journal import Journal
@@ -218,6 +218,7 @@ class Run:
             on_save=self.save,
             probe_save=self.probe_save,
             on_complaint=self.complain,
+            on_message=console.message,
             on_step=self.after_step,
             utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
         )
@@ -428,6 +429,7 @@ def pretrain(
     ledger = TimeLedger(start=started)
     console = ConsoleProgress(rank=ranks.rank, total_steps=config.budget.max_steps)
     device = distributed.initialise(ranks)
+    distributed.agreed(ranks, lambda: check_precision(config.train.precision, device))
     if device.type == "cpu":
         keep_freed_memory()
     plan = make_plan(config, ranks.world_size)

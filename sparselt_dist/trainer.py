@@ -9,22 +9,22 @@ from agreed numbers, so all ranks take them alike.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from sparselt_dist import distributed
+from sparselt_dist import compile_check, distributed
 from sparselt_dist.budget import lr_multiplier
 from sparselt_dist.config import Config
 from sparselt_dist.data.batch import Batch
 from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
-from sparselt_dist.errors import DataError, SparseltError
+from sparselt_dist.drawing import StepDraw
 from sparselt_dist.landing import TRAINING_OVER_FORWARD, NextStep
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
-from sparselt_dist.objectives.base import FollowsProgress, SharesStatistics, loss_terms
+from sparselt_dist.objectives.base import SharesStatistics, loss_terms
 from sparselt_dist.step_sums import Drawn, Sums
 from sparselt_dist.timekeeping import Progress, Timekeeper
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from sparselt_dist.objectives.base import Collator, LossOutput, SplitLossOutput
 
 Outcome = Literal["finished", "stopped", "failed"]
-
-_LANES = 4  # a 64-bit digest travels as 16-bit lanes, whose sums are exact in float64
 
 
 class NonFiniteLossError(RuntimeError):
@@ -72,6 +70,7 @@ class Trainer:
         on_save: Callable[[], None],
         probe_save: Callable[[], float],
         on_complaint: Callable[[str], None],
+        on_message: Callable[[str], None],
         on_step: Callable[[], None],
         utilisation: Callable[[float], float],
         clock: Callable[[], float] = time.monotonic,
@@ -90,11 +89,21 @@ class Trainer:
         self.on_save = on_save
         self.probe_save = probe_save  # what a save takes on this rank, judged without one
         self.on_complaint = on_complaint  # of this rank
+        self.on_message = on_message
         self.on_step = on_step  # after a step and all that followed it
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
-        self.counts = ("num_targets", "num_tokens", *getattr(engine.module.objective, "counts", ()))
         self.device = engine.device
+        self.data = StepDraw(
+            loader,
+            collator,
+            counts=("num_targets", "num_tokens", *getattr(engine.module.objective, "counts", ())),
+            ranks=ranks,
+            device=engine.device,
+            ledger=ledger,
+            on_complaint=on_complaint,
+            clock=clock,
+        )
         self.time = Timekeeper(
             config, progress, ranks, micro_batch_size=micro_batch_size, device=engine.device, clock=clock
         )
@@ -102,9 +111,6 @@ class Trainer:
         self.step_seconds = 0.0
         self.log_seconds = 0.0
         self.checkpoint_seconds = 0.0
-        self.first_batch_seconds: float | None = None
-        self.data_fault: SparseltError | None = None
-        self.complaints: set[str] = set()
         self.given_up = False
         self.is_timed_again = False
 
@@ -112,13 +118,15 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train; returns "finished" (budget spent) or "stopped" (asked for, checkpoint committed)."""
-        micro_batches = iter(self.loader)
+        self.data.start()
         self.time.start()
+        if self.config.train.compile and self.time.next_step is not None:
+            self._check_compilation()
         if self.time.needs_rehearsal():
             self._rehearse()
         while (step := self.time.next_step) is not None:
             before = self.ledger.seconds()
-            result = self._train_step(micro_batches, step)
+            result = self._train_step(step)
             after = self.ledger.seconds()
             # A step's time runs from the last step's end, its logging included, evaluations and checkpoints not.
             self.step_seconds = sum(after.values()) - sum(before.values()) + self.log_seconds
@@ -176,6 +184,21 @@ class Trainer:
         self._say(f"the loss is {spent}, above train.give_up_loss ({limit:g}): the run ends here")
         return True
 
+    def _check_compilation(self) -> None:
+        """On the clock: compile, and see that it changed nothing. Raises ConfigError on all ranks alike if it did."""
+        fraction, engine = self.time.share(self.time.next_step), self.engine
+        first = self.data.peek(fraction)
+        engine.module.set_progress(self.progress.step, fraction)
+        whole = engine.zero_optimization_stage() < 3
+        with self.ledger.phase("compile"):
+            batch = _to_device(first.batch, self.device)
+            precision = self.config.train.precision
+            told = distributed.agreed(
+                self.ranks, lambda: compile_check.check(engine.module, batch, precision, with_gradients=whole)
+            )
+        self.on_message(told)
+        self.time.meet()
+
     def _rehearse(self) -> None:
         """On the clock: what the last evaluation and save will take. With `train.compile` an evaluation is compiled here."""
         with self.ledger.phase("compile" if self.config.train.compile else "evaluate"):
@@ -220,14 +243,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _train_step(self, micro_batches: Iterator[MicroBatch], step: NextStep) -> StepResult:
+    def _train_step(self, step: NextStep) -> StepResult:
         started = self.clock()
         fraction = self.time.share(step)
         lr = self._set_rate(fraction)
         self.engine.module.set_progress(self.progress.step, fraction)
         batch_size = step.micro_steps * self.time.unit
-        drawn = self._as_of(self._draw(micro_batches, step.micro_steps), fraction)
-        total = self._agree_on_targets(drawn, batch_size)
+        drawn = self.data.draw(step.micro_steps, fraction)
+        total = self.data.agree(drawn, self.progress.step, batch_size)
         self._share_statistics(drawn)
         sums = Sums()
         for number, micro_batch in enumerate(drawn):
@@ -269,54 +292,6 @@ class Trainer:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         return lr
 
-    def _draw(self, micro_batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
-        started = self.clock()
-        with self.ledger.phase("data"):
-            try:
-                drawn = [next(micro_batches) for _ in range(count)]
-            except SparseltError as fault:  # raised on all ranks by `_agree_on_targets`
-                self.data_fault, drawn = fault, []
-        if self.first_batch_seconds is None:
-            self.first_batch_seconds = self.clock() - started
-        return drawn
-
-    def _as_of(self, drawn: list[MicroBatch], fraction: float) -> list[MicroBatch]:
-        """The micro-batches as they are at this share of the budget, which the workers that made them did not know."""
-        if not (isinstance(self.collator, FollowsProgress) and self.collator.follows_progress):
-            return drawn
-        with self.ledger.phase("data"):
-            return [made._replace(batch=self.collator.at_progress(made.batch, fraction)) for made in drawn]
-
-    def _agree_on_targets(self, drawn: list[MicroBatch], batch_size: int) -> Drawn:
-        """Targets and tokens of the global step, and its digest: the one sum over ranks.
-
-        Raises:
-            DataError: on all ranks alike, a rank could not draw its micro-batches, or all samples were of bad shards.
-        """
-        digest = sum(micro_batch.digest for micro_batch in drawn) % 2**64
-        self._complain(drawn)
-        numbers = [
-            float(self.data_fault is not None),
-            *(float(sum(int(micro_batch.batch[key]) for micro_batch in drawn)) for key in self.counts),
-            float(sum(micro_batch.batch["input_ids"].numel() for micro_batch in drawn)),
-            float(sum(micro_batch.skipped for micro_batch in drawn)),
-            *(float(digest >> (16 * lane) & 0xFFFF) for lane in range(_LANES)),
-        ]
-        with self.ledger.phase("communication"):
-            summed = distributed.reduce_sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
-        faults, counts, rest = summed[0], summed[1 : 1 + len(self.counts)], summed[1 + len(self.counts) :]
-        positions, skipped, *lanes = rest
-        if faults:
-            distributed.agreed(self.ranks, self._raise_data_fault)
-        if skipped == batch_size:
-            raise DataError(
-                f"step {self.progress.step}: all of its {batch_size} samples are in bad shards that data.on_bad_shard=skip "
-                "leaves out; restore the shards"
-            )
-        joined = sum(int(lane) << (16 * number) for number, lane in enumerate(lanes)) % 2**64
-        named = {key: int(count) for key, count in zip(self.counts, counts, strict=True)}
-        return Drawn(named, int(positions), int(skipped), joined)
-
     def _share_statistics(self, drawn: list[MicroBatch]) -> None:
         """Sums that the objective needs of the whole step before its first loss; one forward pass a micro-batch."""
         objective = self.engine.module.objective
@@ -330,17 +305,6 @@ class Trainer:
             total = torch.stack(parts).sum(dim=0)
         with self.ledger.phase("communication"):
             objective.set_statistics(distributed.reduce_sum(total))
-
-    def _complain(self, drawn: list[MicroBatch]) -> None:
-        """Say once on this rank which shards were given up."""
-        for complaint in (text for micro_batch in drawn for text in micro_batch.complaints):
-            if complaint not in self.complaints:
-                self.complaints.add(complaint)
-                self.on_complaint(complaint)
-
-    def _raise_data_fault(self) -> None:
-        if self.data_fault is not None:
-            raise self.data_fault
 
     def _forward_backward(self, batch: Batch, counts: dict[str, int], sums: Sums, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -447,9 +411,9 @@ class Trainer:
         )
         if self.time.next_step is not None:  # else the last save and evaluation are still to come
             line["budget/elapsed_seconds"] = self.progress.seconds
-        if self.first_batch_seconds is not None and self.first_batch_seconds >= 0:
-            line["perf/first_batch_seconds"] = self.first_batch_seconds
-            self.first_batch_seconds = -1.0  # only in the first line of a start
+        if self.data.first_batch_seconds is not None and self.data.first_batch_seconds >= 0:
+            line["perf/first_batch_seconds"] = self.data.first_batch_seconds
+            self.data.first_batch_seconds = -1.0  # only in the first line of a start
         if self.config.log.batch_digest:
             line["batch_digest"] = digest_hex(drawn.digest)
         if self.config.data.on_bad_shard == "skip":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 SERVER_MARK = "SPARSELT_TESTS_WARM"
+TIMED_MARK = "SPARSELT_TESTS_TIMED"  # in a rank's environment: say how long its command took, by a clock outside of it
 
 if SERVER_MARK in os.environ:  # in the server, which is forked from
     from sparselt_dist.extensions import prepare_environment
@@ -58,7 +60,14 @@ def _be_rank(arguments: Sequence[str], environment: Mapping[str, str], output: s
         os.execve(sys.executable, [sys.executable, "-m", "sparselt_dist.pretrain", *arguments], dict(environment))
     from sparselt_dist import cli, pretrain
 
-    cli.leave(lambda: pretrain.main(list(arguments)))
+    def command() -> int:
+        started = time.monotonic()
+        code = pretrain.main(list(arguments))
+        if TIMED_MARK in environment:
+            print(f"the command took {time.monotonic() - started:.3f} s")
+        return code
+
+    cli.leave(command)
 
 
 def start_rank(

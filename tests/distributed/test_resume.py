@@ -39,7 +39,7 @@ def assert_same(ours: Finished, theirs: Finished) -> None:
     assert [name for name, value in expected.items() if not torch.equal(tensors[name], value)] == []
 
 
-@pytest.mark.parametrize("zero_stage", [0, slow(1), slow(2), 3])
+@pytest.mark.parametrize("zero_stage", [slow(0), slow(1), slow(2), 3])
 def test_resume_is_bitwise(shards: Path, tmp_path: Path, zero_stage: int) -> None:
     stage = f"train.zero_stage={zero_stage}"
     straight = run_ranks(2, shards, tmp_path / "straight", *RUN, stage)
@@ -75,6 +75,7 @@ def test_batches_that_follow_the_budget_resume_bitwise_and_do_not_depend_on_the_
     assert [line["train/loss"] for line in alone.journal] == pytest.approx(losses, rel=2e-6)
 
 
+@pytest.mark.slow  # test_objectives_matrix.py always has a case of it
 def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: Path) -> None:
     plain = RUN[:3]  # dropout is drawn by each rank for itself, so it is left out here
     straight = run_ranks(2, shards, tmp_path / "straight", *plain, "train.zero_stage=1")

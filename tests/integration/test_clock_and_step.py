@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from runs import run_ranks
+from warm_rank import TIMED_MARK
 
 
 def test_the_search_leaves_no_trace_and_its_choice_is_kept(shards: Path, tmp_path: Path) -> None:
@@ -49,9 +50,32 @@ def test_a_profile_and_a_ledger_that_adds_up(shards: Path, tmp_path: Path) -> No
     assert "above train.give_up_loss (0.01): the run ends here" in run.output and run.summary["gave_up"]
 
 
+def test_the_ledger_is_the_wall_clock_of_the_command(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TIMED_MARK, "1")
+    run = run_ranks(1, shards, tmp_path, "budget.max_hours=0.001", "checkpoint.every_steps=40", "log.every_steps=10")
+    assert run.code == 0, run.output
+    outside = float(re.search(r"the command took ([\d.]+) s", run.output)[1])
+    told, phases = re.search(r"\n  time +([\d.]+) s: (.*)", run.output).groups()
+    assert float(told) == pytest.approx(outside, rel=0.01)
+    assert sum(map(int, re.findall(r"(\d+) %", phases))) == pytest.approx(100, abs=3)
+    logged = sum(value for key, value in run.journal[-1].items() if key.startswith("time/"))
+    assert logged == pytest.approx(outside, rel=0.01)
+
+
 def test_a_budget_shorter_than_a_step_ends_with_code_0_and_says_that_it_was_late(shards: Path, tmp_path: Path) -> None:
     run = run_ranks(1, shards, tmp_path, "budget.max_hours=1e-6", "schedule.name=budget-triangle2")
     assert run.code == 0, run.output
     assert run.summary["steps"] == 1 and run.summary["seconds"] > 0.0036
     assert "ended" in run.output and "after the budget" in run.output
     assert run.journal[-1]["train/lr"] > 0, "the one step is taken at the start of the schedule"
+
+
+def test_a_dry_run_goes_through_everything_and_leaves_nothing(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = run_ranks(1, shards, folder, "budget.max_hours=1", "checkpoint.every_steps=1", flags=("--dry-run",))
+    assert run.code == 0, run.output
+    assert "dry run: two steps, evaluation, checkpoint and export went through" in run.output
+    assert "finished after 2 steps" in run.output
+    assert list(tmp_path.iterdir()) == []

@@ -88,7 +88,7 @@ def test_a_run_is_followed_to_its_end(run_dir: Path, store: str, monkeypatch: py
     journal = Journal(run_dir)
     process = start_follower(run_dir, store, os.getpid())
     write(journal, 1, 30)
-    journal.append({"step": 30, "eval/loss": float("nan")})
+    journal.append({"step": 30, "eval/loss": float("nan"), "time/forward_seconds": 12.5})
     until(lambda: reached(store, run_dir, 30))
     for number in follower.BLOCKED_SIGNALS:
         process.send_signal(number)
@@ -101,6 +101,7 @@ def test_a_run_is_followed_to_its_end(run_dir: Path, store: str, monkeypatch: py
 
     assert delivered(store, run_dir) == {step: 1.0 + step for step in range(1, 61)}
     assert list(delivered(store, run_dir, "eval/loss")) == [30]
+    assert delivered(store, run_dir, "time/forward_seconds") == {30: 12.5}
     client = open_client(store)
     run = client.get_run(read_json(run_dir / "summary.json")["mlflow_run_id"])
     assert run.info.status == "FINISHED"

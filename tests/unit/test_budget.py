@@ -21,6 +21,19 @@ def test_triangle1_starts_at_half_and_peaks_at_three_quarters() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("budget-constant", [1.0] * 21),
+        ("budget-linear", [1 - i / 20 for i in range(21)]),
+        ("budget-cosine", [(1 + math.cos(math.pi * i / 20)) / 2 for i in range(21)]),
+        ("budget-triangle1", [0.5 + i / 30 for i in range(16)] + [0.8, 0.6, 0.4, 0.2, 0.0]),
+    ],
+)
+def test_the_other_budget_schedules_at_21_points(name: str, expected: list[float]) -> None:
+    assert [lr_multiplier(name, i / 20) for i in range(21)] == pytest.approx(expected, abs=5e-6)
+
+
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name.startswith("budget-")])
 def test_budget_schedules_are_zero_past_the_deadline(name: str) -> None:
     assert lr_multiplier(name, 1.001) == 0.0
@@ -51,6 +64,12 @@ def test_unknown_schedule_names_the_choices() -> None:
 def test_ramp_at_five_per_cent_steps() -> None:
     expected = [128, 768, 1408, 2176, 2816, 3456, 4224, 4864, 5504, 6272, 6912, 7552] + [8192] * 9
     assert [batch_size_at(i / 20, micro_batch_size=128, target=8192) for i in range(21)] == expected
+
+
+@pytest.mark.parametrize("micro", [128, 256, 512])
+def test_ramp_at_five_per_cent_steps_in_whole_numbers(micro: int) -> None:
+    expected = [min((45_000 * i * 8192 // 540_000 // micro + 1) * micro, 8192) for i in range(21)]
+    assert [batch_size_at(i / 20, micro_batch_size=micro, target=8192) for i in range(21)] == expected
 
 
 @pytest.mark.parametrize("micro", [128, 256, 512])

@@ -177,11 +177,18 @@ def test_a_run_needs_a_budget_and_data_but_prepare_does_not() -> None:
     assert load_config([], [], for_training=False) == Config()
 
 
-@pytest.mark.parametrize("override", ["budget.max_steps=0", "budget.max_tokens=-5", "budget.max_hours=0"])
+@pytest.mark.parametrize(
+    "override", ["budget.max_steps=0", "budget.max_tokens=-5", "budget.max_hours=0", "budget.max_hours=-1"]
+)
 def test_a_budget_must_be_positive(override: str) -> None:
     key = override.partition("=")[0]
     assert f"command line: {key}: found" in fault(override)
     assert "expected a number > 0, or null" in fault(override)
+
+
+@pytest.mark.parametrize("hours", [".nan", ".inf", "1e400"])
+def test_a_budget_is_a_finite_number(hours: str) -> None:
+    assert "budget.max_hours: found" in fault(f"budget.max_hours={hours}")
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,9 @@ def test_full_size_classifier_has_the_published_parameters():
     assert count(model.parameters()) == 120_379_395
 
 
-def reference_states(model, input_ids, mask=None):
+def reference_states(model, input_ids, mask=None, weights=None):
     """The specification's forward pass in float64: the embedding and the state after each layer."""
-    weights = {name: value.double() for name, value in model.state_dict().items()}
+    weights = weights or {name: value.double() for name, value in model.state_dict().items()}
     length = input_ids.shape[1]
     width, heads = model.config.hidden_size, model.config.num_attention_heads
     depth = width // heads
@@ -109,7 +109,9 @@ def reference_states(model, input_ids, mask=None):
         ],
         dtype=torch.float64,
     )
-    words = weights["encoder.embeddings.word_embeddings.weight"][input_ids]
+    table_VD = weights["encoder.embeddings.word_embeddings.weight"]
+    learns = torch.arange(len(table_VD))[:, None] != 0  # the padding row's lookup sends no gradient
+    words = torch.where(learns, table_VD, table_VD.detach())[input_ids]
     h = norm(words + weights["encoder.embeddings.position_scale"] * table, "encoder.embeddings.norm")
     states = [h]
     for i in range(model.config.num_hidden_layers):
@@ -143,6 +145,23 @@ def test_logits_and_states_follow_the_specification(masked):
     assert output.logits.dtype == torch.float64
     word = model.encoder.embeddings.word_embeddings.weight
     torch.testing.assert_close(output.logits, expected[-1] @ word.T, rtol=0, atol=1e-5)
+
+
+def test_gradients_follow_the_specification():
+    model, input_ids = tiny().double(), ids(4, 12)
+    input_ids[:, 3] = 0
+    labels = some_labels(input_ids, 3)
+    names = [name for name, _ in model.named_parameters()]
+    weights = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
+    word = weights["encoder.embeddings.word_embeddings.weight"]
+    logits = reference_states(model, input_ids, weights=weights)[-1] @ word.T
+    chosen = labels >= 0
+    loss = -torch.log_softmax(logits[chosen], -1).gather(1, labels[chosen][:, None]).mean()
+    expected = torch.autograd.grad(loss, [weights[name] for name in names])
+    ours = model(input_ids, labels=labels).loss
+    torch.testing.assert_close(ours, loss, rtol=0, atol=1e-5)
+    for name, found, wanted in zip(names, torch.autograd.grad(ours, model.parameters()), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("masked", [False, True])

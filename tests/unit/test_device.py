@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sparselt_dist import device
-from sparselt_dist.device import DEVICE_FOLDER, find_device, measured, read_device, shipped_devices, watts_of
+from sparselt_dist.device import (
+    DEVICE_FOLDER,
+    check_precision,
+    find_device,
+    measured,
+    read_device,
+    shipped_devices,
+    watts_of,
+)
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.metrics import peak_flops
 
@@ -96,3 +105,15 @@ def test_the_power_of_a_known_device_is_found_by_its_own_name() -> None:
     assert watts_of("NVIDIA GeForce RTX 4090") == 450.0
     assert watts_of("NVIDIA RTX A6000") == 300.0
     assert watts_of("AMD Instinct MI300X") is None and watts_of("NVIDIA H100 PCIe") is None
+
+
+def test_bf16_is_refused_where_a_gpu_would_emulate_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(ConfigError, match=r"bf16, which Tesla V100 has no arithmetic for; set train\.precision=fp16"):
+        check_precision("bf16", gpu)
+    check_precision("fp16", gpu)
+    check_precision("bf16", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    check_precision("bf16", gpu)

@@ -30,8 +30,8 @@ LAYERS: dict[int, str] = {
     # models, objectives, and what is written and read of them
     2: "models. objectives. optim checkpoint engine_state mlflow_sink",
     # what is done with them
-    3: """evaluation. trainer timekeeping step_sums profiling micro_batch_search run_folder closing comparison compare_report
-          diagnosis typing_report""",
+    3: """evaluation. trainer timekeeping drawing step_sums compile_check profiling micro_batch_search run_folder closing
+          comparison compare_report diagnosis typing_report""",
     # command lines, and the jobs that they start
     4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start
           shards typing""",

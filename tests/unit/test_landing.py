@@ -144,6 +144,25 @@ def test_a_clock_that_goes_back_takes_nothing_away() -> None:
     assert seen == sorted(seen) and 58.8 <= time.progress.seconds <= 61.0 + world.micro * 8
 
 
+def test_the_clock_starts_when_it_is_told_to_and_stands_between_starts() -> None:
+    world = World()
+    time = keeper(world, 60.0, Progress(step=3, seconds=20.0))
+    world.now += 500.0  # loading
+    time.start()
+    assert time.progress.seconds == 20.0
+    world.now += 5.0
+    time.meet()
+    assert time.progress.seconds == 25.0
+
+
+@pytest.mark.parametrize("stored", [61.0, 1e9])
+def test_more_spent_than_there_is_leaves_no_step(stored: float) -> None:
+    time = keeper(World(), 60.0, Progress(step=3, seconds=stored))
+    time.start()
+    assert time.next_step is None and time.fraction() == 1.0
+    assert lr_multiplier("budget-triangle2", time.fraction()) == 0.0
+
+
 def test_a_budget_shorter_than_a_step_takes_one_step_and_says_that_it_is_late() -> None:
     rates: list[float] = []
     time, _ = train(World(), 2.2, on_step=lambda time, step: rates.append(time.share(step)))

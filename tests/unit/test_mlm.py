@@ -103,6 +103,11 @@ def test_special_tokens_and_padding_are_exempt(masking: str, whole_word: bool) -
         assert not targets[row, length:].any()
 
 
+def test_every_special_id_may_be_a_target_in_cramming() -> None:
+    ids, _, targets = _collate(_rows(200, low=0), **EXACT)
+    assert set(range(5)) <= set(ids[targets].tolist())
+
+
 def test_whole_words_are_chosen_as_a_whole_with_the_right_share() -> None:
     ids, _, targets = _collate(_rows(1000, low=0), whole_word=True)
     for row in range(1000):

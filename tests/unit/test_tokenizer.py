@@ -50,6 +50,12 @@ def test_special_ids_are_fixed_and_the_size_is_kept(kind: TokenizerKind, crammed
 
 
 @pytest.mark.parametrize("kind", TRAINED_KINDS)
+def test_two_builds_on_the_same_text_are_the_same(kind: TokenizerKind) -> None:
+    again = train_tokenizer(lambda: iter(TEXTS), kind=kind, vocab_size=600, crammed=True)
+    assert again.to_str() == _trained(kind, True).to_str()
+
+
+@pytest.mark.parametrize("kind", TRAINED_KINDS)
 def test_transformers_loads_the_folder(kind: TokenizerKind, tmp_path: Path) -> None:
     import transformers
 
