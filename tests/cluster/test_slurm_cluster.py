@@ -92,10 +92,10 @@ def test_ranks_start_on_both_nodes_and_meet(cluster: SlurmCluster, stand_in: dic
     arguments = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, "code=0", "run.name=two words"]
     job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
     assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
-    lines = sorted(line for line in output(tmp_path, job).splitlines() if line.startswith("rank"))
+    lines = sorted(line for line in output(tmp_path, job).splitlines() if ": rank" in line)
     assert len(lines) == 4
     for rank, line in enumerate(lines):
-        assert f"rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
+        assert f"{rank}: rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
         assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={20000 + int(job)} code=0 run.name=two words" in line
 
 
@@ -131,6 +131,17 @@ def test_the_time_limit_gives_notice(cluster: SlurmCluster, stand_in: dict[str, 
     assert (tmp_path / "checkpoint_0").read_text() == "SIGUSR1"
 
 
+@pytest.mark.slow
+def test_without_notice_the_time_limit_itself_is_one(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ["--nodes=2", "--time=1", "--signal=CONT@1", SCRIPT]
+    job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
+    ended = cluster.wait(job, 180)
+    assert (tmp_path / "checkpoint_0").read_text() == "SIGTERM"
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
+
+
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_failure_is_the_jobs_and_is_not_tried_again(
     cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, code: int
@@ -150,6 +161,16 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     wait_for([tmp_path / "checkpoint_0", tmp_path / "checkpoint_1"])
     time.sleep(8)  # longer than a requeued job would wait
     assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+def test_a_preempted_job_saves_and_continues(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = cluster.submit("--nodes=2", "--exclusive", SCRIPT, cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "started_0", tmp_path / "started_1"])
+    urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=true", cwd=tmp_path)
+    assert cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    assert (tmp_path / "checkpoint_0").read_text() == "SIGTERM"
+    ended = cluster.wait(job, 90)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
 
 
 def test_the_main_job_continues_after_its_notice(cluster: SlurmCluster, tmp_path: Path) -> None:
