@@ -124,7 +124,7 @@ if env --block-signal=USR1 true 2>/dev/null; then
 fi
 
 # Slurm signals the ranks itself. Where it signals only this shell (--signal=B:...), srun hands it on. A TERM means
-# scancel or preemption, after which Slurm says whether the job runs again, or the end of the time limit.
+# scancel, preemption or the end of the time limit: then whether the job runs again is not for us to say.
 step='' signalled=0 terminated=0
 # shellcheck disable=SC2317 # called by traps
 forward() {
@@ -151,11 +151,7 @@ while :; do # a signal ends the wait, not the step
     ((signalled)) || break
 done
 
-at_time_limit() {
-    [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=TIMEOUT* ]]
-}
-
-if ((code == 75)) && { ((!terminated)) || at_time_limit; }; then
+if ((code == 75 && !terminated)); then
     job=$SLURM_JOB_ID
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
         job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}

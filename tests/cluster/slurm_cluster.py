@@ -191,7 +191,10 @@ def _start(cluster: SlurmCluster, program: str, *arguments: str) -> None:
 def _wait_until_idle(cluster: SlurmCluster) -> None:
     def idle() -> bool:
         states = subprocess.run(
-            ["sinfo", "--noheader", "--partition=test", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True
+            ["sinfo", "--noheader", "--partition=test", "--Node", "--format=%T"],
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
         )
         return states.stdout.split() == ["idle"] * len(cluster.nodes)
 

@@ -7,6 +7,7 @@ that a notice becomes a checkpoint, a requeue and a continuation. The last one t
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -26,8 +27,11 @@ pytestmark = [
 
 # Mimics `python -m sparselt_dist.pretrain`: a stop signal leaves a checkpoint and 75; with a checkpoint it finishes.
 TRAINER = """\
-import os, signal, sys, time
+import os, signal, socket, sys, time
 from pathlib import Path
+if "--tasks" in sys.argv:  # evaluate
+    print(*sys.argv[1:])
+    sys.exit(4)
 rank = os.environ["SLURM_PROCID"]
 Path(f"began_{rank}").touch()
 time.sleep(3 if "late" in sys.argv else 0)  # before the handlers
@@ -37,6 +41,11 @@ for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 names = "SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID MASTER_ADDR MASTER_PORT".split()
 print("rank", rank, *(f"{name}={os.environ[name]}" for name in names), *sys.argv[1:], flush=True)
+if "hold" in sys.argv:
+    print(*sys.argv[2:], "inside" if "INSIDE" in os.environ else "", flush=True)
+    with socket.create_server(("", int(os.environ["MASTER_PORT"]))):
+        time.sleep(4)
+    sys.exit(0)
 code = next((int(word[5:]) for word in sys.argv if word.startswith("code=")), None)
 if code is not None:
     sys.exit(code)
@@ -92,11 +101,70 @@ def test_ranks_start_on_both_nodes_and_meet(cluster: SlurmCluster, stand_in: dic
     arguments = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, "code=0", "run.name=two words"]
     job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
     assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
-    lines = sorted(line for line in output(tmp_path, job).splitlines() if ": rank" in line)
+    lines = ranks_of(output(tmp_path, job))
     assert len(lines) == 4
     for rank, line in enumerate(lines):
         assert f"{rank}: rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
         assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={20000 + int(job)} code=0 run.name=two words" in line
+
+
+def ranks_of(shown: str) -> list[str]:
+    """What each rank of the stand-in printed, in order."""
+    return sorted(line for line in shown.splitlines() if ": rank" in line)
+
+
+def test_one_rank_starts_for_each_gpu(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = cluster.submit("--nodes=2", "--gpus-per-node=2", SCRIPT, "code=0", cwd=tmp_path, env=stand_in)
+    assert cluster.wait(job, 60)["JobState"] == "COMPLETED", output(tmp_path, job)
+    places = [re.findall(r"SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=(\d) SLURM_NODEID=(\d)", line)
+              for line in ranks_of(output(tmp_path, job))]  # fmt: skip
+    assert places == [[("0", "0")], [("1", "0")], [("0", "1")], [("1", "1")]]
+
+
+def test_a_sweep_gives_each_task_its_combination_and_its_port(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    """Two tasks at once on each node: they hold their ports while the others choose theirs."""
+    sweep = {"SWEEP": "objective.name=mlm|cwt; run.seed=1|2", "CONTAINER": "env INSIDE=1"}
+    arguments = ["--array=0-3", SCRIPT, "hold", "run.name=both", f"run.output_dir={tmp_path / 'runs'}/"]
+    job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in | sweep)
+    for task in range(4):
+        ended = cluster.wait(f"{job}_{task}", 90)
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0")
+    shown = [output(tmp_path, f"{job}_{task}") for task in range(4)]
+    combinations = [("mlm", 1), ("mlm", 2), ("cwt", 1), ("cwt", 2)]
+    for text, (objective, seed) in zip(shown, combinations, strict=True):
+        label = f"{objective}-{seed}"
+        wanted = f"objective.name={objective} run.seed={seed} run.name=both-{label}"
+        assert f"run.output_dir={tmp_path / 'runs'}-{label} {wanted} inside\n" in text
+    assert len({re.findall(r"MASTER_PORT=(\d+)", text)[0] for text in shown}) == 4
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("run.seed=1|2", "--array: found task 2, expected 0-1: SWEEP has 2 combinations"),
+        ("run.seed", "SWEEP: found 'run.seed', expected key=VALUE|VALUE"),
+    ],
+)
+def test_a_sweep_that_does_not_fit_is_refused(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, sweep: str, message: str
+) -> None:
+    job = cluster.submit("--array=2", SCRIPT, cwd=tmp_path, env=stand_in | {"SWEEP": sweep})
+    assert cluster.wait(f"{job}_2", 60)["ExitCode"] == "2:0"
+    assert message in output(tmp_path, f"{job}_2")
+
+
+def test_models_are_shared_out_over_an_array(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    script = str(REPOSITORY / "slurm" / "evaluate.sh")
+    job = cluster.submit(
+        "--array=5-6", script, "runs/a", "runs/b", "runs/c", "--tasks", "heldout", cwd=tmp_path, env=stand_in
+    )
+    for task in (5, 6):
+        assert cluster.wait(f"{job}_{task}", 60)["ExitCode"] == "4:0"  # of the model, not of the script
+    first, second = (output(tmp_path, f"{job}_{task}").splitlines() for task in (5, 6))
+    assert first == ["evaluating runs/a", "runs/a --tasks heldout", "evaluating runs/c", "runs/c --tasks heldout"]
+    assert second == ["evaluating runs/b", "runs/b --tasks heldout"]
 
 
 def test_a_notice_is_saved_requeued_and_continued(
@@ -129,17 +197,6 @@ def test_the_time_limit_gives_notice(cluster: SlurmCluster, stand_in: dict[str, 
     ended = cluster.wait(job, 180)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
     assert (tmp_path / "checkpoint_0").read_text() == "SIGUSR1"
-
-
-@pytest.mark.slow
-def test_without_notice_the_time_limit_itself_is_one(
-    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
-) -> None:
-    arguments = ["--nodes=2", "--time=1", "--signal=CONT@1", SCRIPT]
-    job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
-    ended = cluster.wait(job, 180)
-    assert (tmp_path / "checkpoint_0").read_text() == "SIGTERM"
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
 
 
 @pytest.mark.parametrize("code", [1, 2])
