@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -66,6 +66,7 @@ class TwoHosts:
     folder: Path
     names: tuple[str, str]
     addresses: tuple[str, str]
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -118,6 +119,8 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
                 with contextlib.suppress(psutil.Error):
                     psutil.Process(pid).kill()
             _ip("netns", "delete", name, check=False)
+        for daemon in hosts.daemons:
+            daemon.wait(timeout=30)
 
 
 def _connect(hosts: TwoHosts) -> None:
@@ -146,7 +149,8 @@ def _start_sshd(hosts: TwoHosts) -> None:
         config = folder / f"sshd_config_{number}"
         config.write_text(SSHD_CONFIG.format(folder=folder, address=address, number=number))
         sshd = str(shutil.which("sshd", path=_PATH))
-        hosts.start(number, sshd, "-D", "-e", "-f", str(config), cwd=folder, output=folder / f"sshd_{number}.log")
+        log = folder / f"sshd_{number}.log"
+        hosts.daemons.append(hosts.start(number, sshd, "-D", "-e", "-f", str(config), cwd=folder, output=log))
     for number, address in enumerate(hosts.addresses):
         _wait_for_ssh(hosts, 1 - number, address)
 
