@@ -105,7 +105,7 @@ def start(rank: int) -> None:
     global _log, _streams
     stop()
     _log, _streams = RankLog(rank), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = _Tee(sys.stdout, _log), _Tee(sys.stderr, _log)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Tee(sys.stdout, _log), _Tee(sys.stderr, _log)
 
 
 def open_in(run_dir: Path) -> None:
