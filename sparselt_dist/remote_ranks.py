@@ -23,7 +23,12 @@ def signal_command(pdsh: Sequence[str], number: signal.Signals) -> list[str] | N
     port = next((word.removeprefix(PORT_OPTION) for word in pdsh if word.startswith(PORT_OPTION)), "")
     if "-w" not in pdsh or not re.fullmatch(r"\d+", port):
         return None
-    hosts = list(pdsh[: pdsh.index("-w") + 2])
-    # The bracket keeps the shell that runs this, whose words have the pattern too, from being found.
-    launchers = f"pgrep -f '[d]eepspeed.launcher.launch .*{PORT_OPTION}{port}( |$)'"
+    # A running pdsh has cut its list of hosts at the commas: what was one word shows as several.
+    first = pdsh.index("-w") + 1
+    end = next(
+        (at for at in range(first, len(pdsh)) if pdsh[at].startswith(("export ", "cd ", "source ", "-"))), first + 1
+    )
+    hosts = [*pdsh[:first], ",".join(pdsh[first:end])]
+    # The launcher itself begins so; shells, ssh and pdsh, whose words hold the same, do not.
+    launchers = f"pgrep -f '^[^ ]+ -u -m deepspeed.launcher.launch .*{PORT_OPTION}{port}( |$)'"
     return [*hosts, f"for launcher in $({launchers}); do pkill -{number.value} -P $launcher; done; true"]

@@ -33,7 +33,8 @@ KILL_AFTER_SECONDS = 30.0
 # The first Ctrl-C asks for a checkpoint; who insists gets the prompt back.
 KILLING_INTERRUPTS = 3
 PR_SET_CHILD_SUBREAPER = 36
-BACKENDS = ("pdsh", "mpirun", "mpiexec", "mpirun_rsh", "srun")
+PDSH = ("pdsh", "pdsh.bin")  # the second on Debian
+BACKENDS = (*PDSH, "mpirun", "mpiexec", "mpirun_rsh", "srun")
 REMOTE_SECONDS = 30.0  # for pdsh to hand a signal to other hosts
 
 # A closed terminal asks the run to stop; under nohup it is ignored and stays so.
@@ -180,7 +181,7 @@ def _is_node_launcher(process: psutil.Process) -> bool:
 
 def _sent_by_pdsh(target: psutil.Process, number: signal.Signals) -> bool:
     """Whether the target is a pdsh whose hosts have handed the signal to their ranks."""
-    command = signal_command(_command_line(target), number) if _name(target) == "pdsh" else None
+    command = signal_command(_command_line(target), number) if _name(target) in PDSH else None
     if command is None:
         return False
     try:

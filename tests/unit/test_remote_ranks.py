@@ -16,6 +16,8 @@ PDSH += ["deepspeed.launcher.launch", "--world_info=e30=", "--node_rank=%n", "--
 def test_it_goes_to_the_same_hosts() -> None:
     command = signal_command([word.format(port=29500) for word in PDSH] + ["train.py"], signal.SIGUSR1)
     assert command is not None
+    cut = ["pdsh", "-S", "-w", "a", "b", "export X=1; ", "--master_port=1"]  # as a running pdsh shows its words
+    assert (signal_command(cut, signal.SIGTERM) or [])[:4] == ["pdsh", "-S", "-w", "a,b"]
     assert command[:6] == ["pdsh", "-S", "-f", "1024", "-w", "a,b"]
     assert "pkill -10 -P" in command[-1]
 
@@ -27,12 +29,12 @@ def test_another_pdsh_is_left_alone() -> None:
 
 def test_children_of_the_launcher_with_that_port_get_the_signal(tmp_path: Path) -> None:
     """The remote half, run by a shell as sshd would."""
-    launcher = "import subprocess, sys; sys.exit(subprocess.call(['sleep', '30']) == -15)"
+    module = tmp_path / "deepspeed" / "launcher" / "launch.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("import subprocess, sys; sys.exit(subprocess.call(['sleep', '30']) == -15)")
+    words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
     started = {
-        port: subprocess.Popen(
-            [sys.executable, "-c", launcher, "deepspeed.launcher.launch", f"--master_port={port}", "x"]
-        )
-        for port in (61001, 610010)
+        port: subprocess.Popen([*words, f"--master_port={port}", "x"], cwd=tmp_path, env={}) for port in (61001, 610010)
     }
     command = signal_command([word.format(port=61001) for word in PDSH], signal.SIGTERM)
     assert command is not None
