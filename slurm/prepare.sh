@@ -25,6 +25,7 @@ export PYTHONUNBUFFERED=1
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     # Task numbers of an array need not begin at 0, but must have no gaps, for parts are numbered without.
+    # shellcheck disable=SC2153 # Slurm sets them
     if ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 != SLURM_ARRAY_TASK_COUNT)); then
         echo "error: --array: found task numbers with gaps, expected consecutive ones, such as --array=0-15" >&2
         exit 2
@@ -39,5 +40,6 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
 fi
 
 # The first part that fails ends the others, which would wait for it.
+# shellcheck disable=SC2016 # expanded by each task
 exec srun --export=ALL --kill-on-bad-exit=1 --ntasks="${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}" bash -c \
     'exec "$0" -m sparselt_dist.prepare "$@" --part "$SLURM_PROCID/$SLURM_NTASKS"' "$python" "$@"

@@ -12,15 +12,73 @@
 # Submit from a shell whose `python` has sparselt_dist installed. One process starts for each GPU, or for each task where
 # the job has no GPUs. Two minutes before the time limit Slurm tells every rank; they save a checkpoint and end with code
 # 75, this script requeues the job, and its next start continues the same run folder. Every other exit code is the job's.
+#
+# A sweep: SWEEP names keys and their values, and each task of an array is one combination, in a run folder of its own:
+#
+#   SWEEP='objective.name=mlm|cwt; run.seed=1|2|3' sbatch --array=0-5 slurm/pretrain.sh --config base run.name=both
+#
+# Inside a container: CONTAINER is a command that runs another one in it, or options of srun (Pyxis):
+#
+#   CONTAINER='apptainer exec --nv sparselt_dist.sif' sbatch --gpus-per-node=8 slurm/pretrain.sh --config base
+#   CONTAINER='--container-image=sparselt_dist:cuda --container-mounts=/data' sbatch ... slurm/pretrain.sh --config base
 
 set -uo pipefail
 
 : "${SLURM_JOB_ID:?is not set: submit this script with sbatch}"
 
-python=$(command -v python || command -v python3) || {
-    echo "error: no python on PATH; activate the environment of sparselt_dist, then submit again" >&2
+fail() {
+    echo "error: $1" >&2
     exit 2
 }
+
+trim() {
+    local text=$1
+    text=${text#"${text%%[![:space:]]*}"}
+    printf '%s' "${text%"${text##*[![:space:]]}"}"
+}
+
+# In a container `python` is the container's own.
+container=()
+if [[ -n ${CONTAINER:-} ]]; then
+    read -ra container <<<"$CONTAINER"
+    python=python
+else
+    python=$(command -v python || command -v python3) ||
+        fail "no python on PATH; activate the environment of sparselt_dist, then submit again"
+fi
+
+arguments=("$@")
+
+# The array's task number counts through the combinations of SWEEP, the last key fastest.
+if [[ -n ${SWEEP:-} ]]; then
+    [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "SWEEP is set for a job that is no array; submit with --array=0-N"
+    IFS=';' read -ra axes <<<"${SWEEP//$'\n'/;}"
+    overrides=() label='' combinations=1 rest=$SLURM_ARRAY_TASK_ID
+    for ((axis = ${#axes[@]} - 1; axis >= 0; axis--)); do
+        text=$(trim "${axes[axis]}")
+        [[ -n $text ]] || continue
+        [[ $text == *=* ]] || fail "SWEEP: found '$text', expected key=VALUE|VALUE, separated by ';'"
+        IFS='|' read -ra values <<<"${text#*=}"
+        value=$(trim "${values[rest % ${#values[@]}]}")
+        rest=$((rest / ${#values[@]}))
+        combinations=$((combinations * ${#values[@]}))
+        overrides=("${text%%=*}=$value" ${overrides[@]+"${overrides[@]}"})
+        word=${value//[^[:alnum:]._-]/}
+        label=$word${label:+-$label}
+    done
+    ((rest == 0)) ||
+        fail "--array: found task $SLURM_ARRAY_TASK_ID, expected 0-$((combinations - 1)): SWEEP has $combinations combinations"
+    # Runs must not meet in one folder: name and folder that were given get the combination's values behind them.
+    name=sweep
+    for ((number = 0; number < ${#arguments[@]}; number++)); do
+        case ${arguments[number]} in
+        run.name=*) name=${arguments[number]#*=} ;;
+        run.output_dir=*) arguments[number]=${arguments[number]%/}-$label ;;
+        esac
+    done
+    arguments+=("${overrides[@]}" "run.name=$name-$label")
+    echo "job $SLURM_JOB_ID: task $SLURM_ARRAY_TASK_ID of the sweep: ${overrides[*]}"
+fi
 
 # The first node's name where it resolves, else the address by which Slurm knows it.
 first_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -31,10 +89,10 @@ fi
 export MASTER_ADDR=$first_host
 
 # The port follows from the job's number, so jobs that share a node differ; this script runs on the first node, where
-# a port taken by another program shows.
+# a port taken by another program shows. The next choice is far off, where no neighbour in the queue looks first.
 port=$((20000 + SLURM_JOB_ID % 10000))
 while (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do
-    port=$((port + 1))
+    port=$((20000 + (port - 20000 + 3571) % 10000))
 done
 export MASTER_PORT=$port
 
@@ -44,8 +102,8 @@ if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
 fi
 
 # A clean stop must not be cut short by the first rank that ends (--kill-on-bad-exit=0); a rank that died must not keep
-# the others waiting for ever (--wait).
-options=(--export=ALL --kill-on-bad-exit=0 --wait=300)
+# the others waiting for ever (--wait). Every line of the job's output begins with its rank (--label).
+options=(--export=ALL --kill-on-bad-exit=0 --wait=300 --label)
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     ranks=$((SLURM_JOB_NUM_NODES * gpus))
@@ -53,6 +111,10 @@ if ((gpus > 0)); then
     if ((${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} < ranks)); then
         options+=(--overcommit) # fewer tasks, hence perhaps fewer cores, were asked for than GPUs
     fi
+fi
+if [[ ${container[0]:-} == --* ]]; then
+    options+=("${container[@]}")
+    container=()
 fi
 
 # A notice that comes before a rank can take it is held until then, not fatal (coreutils 8.31 and later).
@@ -63,7 +125,8 @@ fi
 
 # Slurm signals the ranks itself. Where it signals only this shell (--signal=B:...), srun hands it on. A TERM means
 # scancel, preemption or the end of the time limit: then whether the job runs again is not for us to say.
-step= signalled=0 terminated=0
+step='' signalled=0 terminated=0
+# shellcheck disable=SC2317 # called by traps
 forward() {
     signalled=1
     if [[ $1 == TERM ]]; then terminated=1; fi
@@ -72,13 +135,13 @@ forward() {
 trap 'forward USR1' USR1
 trap 'forward TERM' TERM
 
-arguments=("$@")
 if ((${SLURM_RESTART_COUNT:-0} > 0)); then
     arguments+=(--resume auto) # whatever the first start was told, a later one continues it
 fi
 
 export PYTHONUNBUFFERED=1
-srun "${options[@]}" ${hold[@]+"${hold[@]}"} "$python" -m sparselt_dist.pretrain ${arguments[@]+"${arguments[@]}"} &
+srun "${options[@]}" ${hold[@]+"${hold[@]}"} ${container[@]+"${container[@]}"} \
+    "$python" -m sparselt_dist.pretrain ${arguments[@]+"${arguments[@]}"} &
 step=$!
 
 while :; do # a signal ends the wait, not the step

@@ -6,6 +6,7 @@ A stop signal only sets a flag; the training loop asks all ranks once a step and
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import signal
@@ -97,10 +98,45 @@ def _rendezvous_defaults() -> None:
         os.environ["MASTER_PORT"] = str(port)
 
 
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """Name of the network interface by which this machine reaches a host; None if that is the loopback or unknown."""
+    import psutil
+
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # of a datagram socket: sends nothing, asks the routing table
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    if _is_loopback(own):
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, given in interfaces if own in (address.address for address in given)), None)
+
+
+def _choose_interface() -> None:
+    """Where this machine's name means its loopback (Debian's 127.0.1.1), gloo would listen where no other host can call."""
+    try:
+        own = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        own = set()
+    if "GLOO_SOCKET_IFNAME" in os.environ or not all(_is_loopback(str(address)) for address in own):
+        return
+    name = interface_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
 def initialise(ranks: Ranks) -> torch.device:
     """Start the process group through DeepSpeed (NCCL on GPUs, gloo on CPU); return this rank's device."""
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     _rendezvous_defaults()
+    _choose_interface()
     # DeepSpeed calls collectives by names that torch has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     import deepspeed

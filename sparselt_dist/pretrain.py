@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from sparselt_dist import cli, extensions, rank_report
+from sparselt_dist import cli, extensions, rank_log, rank_report
 from sparselt_dist.config_loading import dump, list_profiles, load_config
 from sparselt_dist.distributed import StopFlag, ranks_from_environment
 from sparselt_dist.errors import SparseltError
@@ -63,7 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     started = time.monotonic()
     args = cli.parse_arguments(build_parser(), argv)
-    code = cli.run_command(lambda: _run(args, started))
+    try:
+        code = cli.run_command(lambda: _run(args, started))
+    except Exception as error:
+        rank_log.stop(error)
+        raise
+    rank_log.stop()
     rank_report.record_exit(code)
     return code
 
@@ -91,6 +96,8 @@ def _run(args: argparse.Namespace, started: float) -> int:
     stop_flag = StopFlag()
     stop_flag.install()
     rank_report.announce()
+    if not args.dry_run:
+        rank_log.start(ranks.rank)
     from sparselt_dist.run import dry_run, pretrain
 
     profile = ",".join(args.config) or "quickstart"

@@ -16,7 +16,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from sparselt_dist import checkpoint, distributed, engine_state, run_folder
+from sparselt_dist import checkpoint, distributed, engine_state, rank_log, run_folder
 from sparselt_dist.allocator import keep_freed_memory
 from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
@@ -282,6 +282,9 @@ class Run:
             if warning is not None:
                 self.complain(warning)
         self.last_values.update(line)
+        if "train/loss" in line:  # of a rank that hangs, the last such line tells since when
+            rank_log.at_step(line["step"])
+            rank_log.note(f"loss {line['train/loss']:.4f}")
         if self.journal is None:
             return
         self.journal.append(line)
@@ -296,7 +299,8 @@ class Run:
         )
 
     def after_step(self) -> None:
-        """Count a step for the profile."""
+        """Count a step for this rank's log and for the profile."""
+        rank_log.at_step(self.trainer.progress.step)
         if self.profile is not None:
             self._tell(self.profile.after_step(self.trainer.progress.step, self.ledger.seconds()))
 
@@ -439,6 +443,8 @@ def pretrain(
     config = _settled(config, data, start, ranks, device, console)
     plan = make_plan(config, ranks.world_size)
     claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
+    rank_log.open_in(run_dir)
+    rank_log.at_step(start.progress.step)
     ledger.restore(start.ledger_seconds)
     distributed.on_main(ranks, lambda: write_start(run_dir, config, plan, data, ranks, start, profile, str(device)))
     follower = _start_follower(config, run_dir, ranks)

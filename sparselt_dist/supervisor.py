@@ -21,6 +21,7 @@ from types import FrameType
 import psutil
 
 from sparselt_dist.rank_report import Reports, read_reports
+from sparselt_dist.remote_ranks import signal_command
 
 STOPPED_ON_REQUEST = 75
 POLL_SECONDS = 0.1
@@ -32,6 +33,9 @@ KILL_AFTER_SECONDS = 30.0
 # The first Ctrl-C asks for a checkpoint; who insists gets the prompt back.
 KILLING_INTERRUPTS = 3
 PR_SET_CHILD_SUBREAPER = 36
+PDSH = ("pdsh", "pdsh.bin")  # the second on Debian
+BACKENDS = (*PDSH, "mpirun", "mpiexec", "mpirun_rsh", "srun")
+REMOTE_SECONDS = 30.0  # for pdsh to hand a signal to other hosts
 
 # A closed terminal asks the run to stop; under nohup it is ignored and stays so.
 FORWARDED = {
@@ -85,18 +89,16 @@ class Supervisor:
         targets = [rank for rank in find_ranks(family) if rank.pid in ready or _age(rank) > UNANNOUNCED_SECONDS]
         for target in targets or self._other_backend(family):
             for number in self.received[self.delivered.get(target, 0) :]:
-                _send([target], number)
+                if not _sent_by_pdsh(target, number):
+                    _send([target], number)
             self.delivered[target] = len(self.received)
 
     def _other_backend(self, family: Sequence[psutil.Process]) -> list[psutil.Process]:
-        """Whom to tell when ranks run on other hosts: pdsh is stopped by the runner itself, mpirun and srun forward."""
+        """Whom to tell when ranks run on other hosts: pdsh by `_sent_by_pdsh`; mpirun and srun forward."""
         children = [process for process in family if _parent(process) == self.runner.pid]
         if any(map(_is_node_launcher, children)) or find_ranks(family):
             return []
-        names = {_name(process): process for process in children}
-        if "pdsh" in names:
-            return [process for process in [psutil.Process(self.runner.pid)] if process.is_running()]
-        return [process for name, process in names.items() if name in ("mpirun", "mpiexec", "mpirun_rsh", "srun")]
+        return [process for process in children if _name(process) in BACKENDS]
 
     def _wait_for_survivors(self) -> None:
         """After the runner: ranks that it left behind end by themselves or are made to; then nothing is left."""
@@ -175,6 +177,27 @@ def _is_node_launcher(process: psutil.Process) -> bool:
         return process.cmdline()[1:4] == ["-u", "-m", "deepspeed.launcher.launch"]
     except psutil.Error:
         return False
+
+
+def _sent_by_pdsh(target: psutil.Process, number: signal.Signals) -> bool:
+    """Whether the target is a pdsh whose hosts have handed the signal to their ranks."""
+    command = signal_command(_command_line(target), number) if _name(target) in PDSH else None
+    if command is None:
+        return False
+    try:
+        done = subprocess.run(
+            command, env=dict(_environment(target)), stdin=subprocess.DEVNULL, timeout=REMOTE_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _environment(process: psutil.Process) -> Mapping[str, str]:

@@ -51,8 +51,13 @@ ReturnToService=2
 JobRequeue=1
 KillWait=15
 InactiveLimit=0
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+# Its jobs take the nodes from those of the other.
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -131,7 +136,7 @@ def _write_configuration(cluster: SlurmCluster, cpus: int) -> None:
     folder.chmod(0o755)  # munged refuses a socket below a folder that others may write
     ports = _free_ports(1 + len(cluster.nodes))
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
+        f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:2 State=UNKNOWN"
         for name, port in zip(cluster.nodes, ports[1:], strict=True)
     )
     (folder / "state").mkdir()
@@ -141,6 +146,10 @@ def _write_configuration(cluster: SlurmCluster, cpus: int) -> None:
         folder=folder, ports=ports, nodes=nodes, host=socket.gethostname(), address="127.0.0.1", user=getpass.getuser()
     )
     (folder / "slurm.conf").write_text(text)
+    # GPUs that are only counted and handed out: any file will do as their device.
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    for number in range(2):
+        (folder / f"gpu{number}").touch()
 
 
 def _free_ports(count: int) -> list[int]:
@@ -182,7 +191,10 @@ def _start(cluster: SlurmCluster, program: str, *arguments: str) -> None:
 def _wait_until_idle(cluster: SlurmCluster) -> None:
     def idle() -> bool:
         states = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format=%T"], env=cluster.environment, capture_output=True, text=True
+            ["sinfo", "--noheader", "--partition=test", "--Node", "--format=%T"],
+            env=cluster.environment,
+            capture_output=True,
+            text=True,
         )
         return states.stdout.split() == ["idle"] * len(cluster.nodes)
 

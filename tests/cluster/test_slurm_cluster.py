@@ -6,7 +6,9 @@ that a notice becomes a checkpoint, a requeue and a continuation. The last one t
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +17,9 @@ from pathlib import Path
 import pytest
 from main_job import journal_steps, main_job_arguments, summary
 from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+
+from sparselt_dist import checkpoint
+from sparselt_dist.data.manifest import file_sha256
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = str(REPOSITORY / "slurm" / "pretrain.sh")
@@ -26,8 +31,11 @@ pytestmark = [
 
 # Mimics `python -m sparselt_dist.pretrain`: a stop signal leaves a checkpoint and 75; with a checkpoint it finishes.
 TRAINER = """\
-import os, signal, sys, time
+import os, signal, socket, sys, time
 from pathlib import Path
+if "--tasks" in sys.argv:  # evaluate
+    print(*sys.argv[1:])
+    sys.exit(4)
 rank = os.environ["SLURM_PROCID"]
 Path(f"began_{rank}").touch()
 time.sleep(3 if "late" in sys.argv else 0)  # before the handlers
@@ -37,6 +45,11 @@ for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 names = "SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID MASTER_ADDR MASTER_PORT".split()
 print("rank", rank, *(f"{name}={os.environ[name]}" for name in names), *sys.argv[1:], flush=True)
+if "hold" in sys.argv:
+    print(*sys.argv[2:], "inside" if "INSIDE" in os.environ else "", flush=True)
+    with socket.create_server(("", int(os.environ["MASTER_PORT"]))):
+        time.sleep(4)
+    sys.exit(0)
 code = next((int(word[5:]) for word in sys.argv if word.startswith("code=")), None)
 if code is not None:
     sys.exit(code)
@@ -92,11 +105,70 @@ def test_ranks_start_on_both_nodes_and_meet(cluster: SlurmCluster, stand_in: dic
     arguments = ["--nodes=2", "--ntasks-per-node=2", SCRIPT, "code=0", "run.name=two words"]
     job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
     assert cluster.wait(job, 60)["JobState"] == "COMPLETED"
-    lines = sorted(line for line in output(tmp_path, job).splitlines() if line.startswith("rank"))
+    lines = ranks_of(output(tmp_path, job))
     assert len(lines) == 4
     for rank, line in enumerate(lines):
-        assert f"rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
+        assert f"{rank}: rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
         assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={20000 + int(job)} code=0 run.name=two words" in line
+
+
+def ranks_of(shown: str) -> list[str]:
+    """What each rank of the stand-in printed, in order."""
+    return sorted(line for line in shown.splitlines() if ": rank" in line)
+
+
+def test_one_rank_starts_for_each_gpu(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = cluster.submit("--nodes=2", "--gpus-per-node=2", SCRIPT, "code=0", cwd=tmp_path, env=stand_in)
+    assert cluster.wait(job, 60)["JobState"] == "COMPLETED", output(tmp_path, job)
+    places = [re.findall(r"SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=(\d) SLURM_NODEID=(\d)", line)
+              for line in ranks_of(output(tmp_path, job))]  # fmt: skip
+    assert places == [[("0", "0")], [("1", "0")], [("0", "1")], [("1", "1")]]
+
+
+def test_a_sweep_gives_each_task_its_combination_and_its_port(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    """Two tasks at once on each node: they hold their ports while the others choose theirs."""
+    sweep = {"SWEEP": "objective.name=mlm|cwt; run.seed=1|2", "CONTAINER": "env INSIDE=1"}
+    arguments = ["--array=0-3", SCRIPT, "hold", "run.name=both", f"run.output_dir={tmp_path / 'runs'}/"]
+    job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in | sweep)
+    for task in range(4):
+        ended = cluster.wait(f"{job}_{task}", 90)
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0")
+    shown = [output(tmp_path, f"{job}_{task}") for task in range(4)]
+    combinations = [("mlm", 1), ("mlm", 2), ("cwt", 1), ("cwt", 2)]
+    for text, (objective, seed) in zip(shown, combinations, strict=True):
+        label = f"{objective}-{seed}"
+        wanted = f"objective.name={objective} run.seed={seed} run.name=both-{label}"
+        assert f"run.output_dir={tmp_path / 'runs'}-{label} {wanted} inside\n" in text
+    assert len({re.findall(r"MASTER_PORT=(\d+)", text)[0] for text in shown}) == 4
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("run.seed=1|2", "--array: found task 2, expected 0-1: SWEEP has 2 combinations"),
+        ("run.seed", "SWEEP: found 'run.seed', expected key=VALUE|VALUE"),
+    ],
+)
+def test_a_sweep_that_does_not_fit_is_refused(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, sweep: str, message: str
+) -> None:
+    job = cluster.submit("--array=2", SCRIPT, cwd=tmp_path, env=stand_in | {"SWEEP": sweep})
+    assert cluster.wait(f"{job}_2", 60)["ExitCode"] == "2:0"
+    assert message in output(tmp_path, f"{job}_2")
+
+
+def test_models_are_shared_out_over_an_array(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    script = str(REPOSITORY / "slurm" / "evaluate.sh")
+    job = cluster.submit(
+        "--array=5-6", script, "runs/a", "runs/b", "runs/c", "--tasks", "heldout", cwd=tmp_path, env=stand_in
+    )
+    for task in (5, 6):
+        assert cluster.wait(f"{job}_{task}", 60)["ExitCode"] == "4:0"  # of the model, not of the script
+    first, second = (output(tmp_path, f"{job}_{task}").splitlines() for task in (5, 6))
+    assert first == ["evaluating runs/a", "runs/a --tasks heldout", "evaluating runs/c", "runs/c --tasks heldout"]
+    assert second == ["evaluating runs/b", "runs/b --tasks heldout"]
 
 
 def test_a_notice_is_saved_requeued_and_continued(
@@ -123,6 +195,7 @@ def test_a_notice_before_the_ranks_can_take_it_is_not_lost(
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
 
 
+@pytest.mark.slow
 def test_the_time_limit_gives_notice(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
     arguments = ["--nodes=2", "--time=1", "--signal=USR1@20", SCRIPT]
     job = cluster.submit(*arguments, cwd=tmp_path, env=stand_in)
@@ -152,16 +225,29 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     assert cluster.job(job)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.slow
+def test_a_preempted_job_saves_and_continues(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
+    job = cluster.submit("--nodes=2", "--exclusive", SCRIPT, cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "started_0", tmp_path / "started_1"])
+    urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap=true", cwd=tmp_path)
+    assert cluster.wait(urgent, 60)["JobState"] == "COMPLETED"
+    assert (tmp_path / "checkpoint_0").read_text() == "SIGTERM"
+    ended = cluster.wait(job, 90)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), output(tmp_path, job)
+
+
+# A user's shell: an activated environment with sparselt_dist installed.
+SHELL = {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+}
+
+
 def test_the_main_job_continues_after_its_notice(cluster: SlurmCluster, tmp_path: Path) -> None:
     """Two nodes prepare, train, get notice, save, are requeued and finish the same run folder."""
     steps = 150
-    # A user's shell: an activated environment with sparselt_dist installed.
-    env = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    job = cluster.submit("--nodes=2", SCRIPT, *main_job_arguments(tmp_path, steps), cwd=tmp_path, env=env)
+    job = cluster.submit("--nodes=2", SCRIPT, *main_job_arguments(tmp_path, steps), cwd=tmp_path, env=SHELL)
     wait_until_trained(tmp_path, 3)
     cluster.run("scancel", "--signal=USR1", job)
     ended = cluster.wait(job, 300)
@@ -170,3 +256,74 @@ def test_the_main_job_continues_after_its_notice(cluster: SlurmCluster, tmp_path
     closing = summary(tmp_path)
     assert (closing["status"], closing["steps"], closing["world_size"]) == ("finished", steps, 2)
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    for rank in range(2):
+        log = (tmp_path / "run" / "logs" / f"rank_{rank:05d}.log").read_text().splitlines()
+        assert all(re.match(rf"\S+ rank {rank} step \d+: ", line) for line in log)
+        assert re.search(rf"rank {rank} step {steps}: loss ", "\n".join(log))
+
+
+def what_was_trained(folder: Path) -> tuple[list[tuple[int, str, float]], str, list[str]]:
+    """Step, samples and loss of every line of the journal, the exported weights, those of the last checkpoint."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["batch_digest"], line["train/loss"]) for line in lines]
+    newest = checkpoint.find(folder / "run")
+    return steps, file_sha256(folder / "run" / "model" / "model.safetensors"), [
+        file_sha256(path) for pattern in ("weights*", "moments*") for path in sorted(newest.glob(pattern))
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_time_limits_change_no_bit(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Time limit, requeue, time limit, requeue, finish: samples, losses and weights are those of an undisturbed run."""
+    trained = {}
+    for name in ("undisturbed", "disturbed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        arguments = [*main_job_arguments(folder, 300), "log.batch_digest=true"]
+        limit = ["--time=1", "--signal=USR1@30"] if name == "disturbed" else []
+        job = cluster.submit("--nodes=2", *limit, SCRIPT, *arguments, cwd=folder, env=SHELL)
+        if limit:
+            deadline = time.monotonic() + 400
+            while int(cluster.job(job)["Restarts"]) < 2:
+                assert time.monotonic() < deadline, output(folder, job)
+                time.sleep(0.5)
+            cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+        ended = cluster.wait(job, 400)
+        assert ended["JobState"] == "COMPLETED", output(folder, job)
+        assert int(ended["Restarts"]) >= (2 if limit else 0)
+        trained[name] = what_was_trained(folder)
+    steps, exported, weights = trained["disturbed"]
+    assert len(steps) == 300 and weights
+    assert trained["undisturbed"] == (steps, exported, weights)
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_side_by_side_and_is_evaluated(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Two objectives at once on one node, then both models, each by one task of another array."""
+    sweep = {"SWEEP": "objective.name=mlm|cwt"}
+    arguments = [*main_job_arguments(tmp_path, 20), "data.validation=null"]
+    prepared = [argument for argument in arguments if argument.startswith(("prepare.", "data.sequence_length"))]
+    prepare = [*prepared, "prepare.validation_fraction=0.2"]
+    script = str(REPOSITORY / "slurm" / "prepare.sh")
+    job = cluster.submit(script, *prepare, cwd=tmp_path, env=SHELL)
+    assert cluster.wait(job, 120)["JobState"] == "COMPLETED", output(tmp_path, job)
+    shards = [f"data.{name}={tmp_path / 'shards' / name}" for name in ("train", "validation")]
+    trained = [argument for argument in arguments if argument not in prepared and "validation" not in argument]
+    job = cluster.submit(
+        "--array=0-1",
+        "--nodelist=node0",
+        SCRIPT,
+        *trained,
+        "data.sequence_length=32",
+        *shards,
+        cwd=tmp_path,
+        env=SHELL | sweep,
+    )
+    for task in range(2):
+        assert cluster.wait(f"{job}_{task}", 300)["JobState"] == "COMPLETED", output(tmp_path, f"{job}_{task}")
+    runs = [str(tmp_path / f"run-{objective}") for objective in ("mlm", "cwt")]
+    script = str(REPOSITORY / "slurm" / "evaluate.sh")
+    job = cluster.submit("--array=0-1", script, *runs, "--tasks", "heldout", cwd=tmp_path, env=SHELL)
+    for task, run in enumerate(runs):
+        assert cluster.wait(f"{job}_{task}", 120)["JobState"] == "COMPLETED", output(tmp_path, f"{job}_{task}")
+        assert json.loads(Path(run, "results.json").read_text())["metrics"]

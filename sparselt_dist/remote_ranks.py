@@ -1,0 +1,34 @@
+"""Signals to ranks on other hosts, where DeepSpeed's runner has started them through pdsh.
+
+The stock runner answers a signal by killing pdsh and the node launchers, which leaves ranks no time to save and loses
+their exit codes. Here the ranks themselves are signalled, over a second pdsh to the same hosts; the first stays and
+brings back their output and exit code. A node launcher is known by its rendezvous port, which is the launch's own.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+
+PORT_OPTION = "--master_port="
+
+
+def signal_command(pdsh: Sequence[str], number: signal.Signals) -> list[str] | None:
+    """The command that hands a signal to the ranks that a pdsh command line has started; None if it is no such line.
+
+    Args:
+        pdsh: words of the running pdsh, as DeepSpeed's runner made them: options, hosts behind `-w`, remote command.
+    """
+    port = next((word.removeprefix(PORT_OPTION) for word in pdsh if word.startswith(PORT_OPTION)), "")
+    if "-w" not in pdsh or not re.fullmatch(r"\d+", port):
+        return None
+    # A running pdsh has cut its list of hosts at the commas: what was one word shows as several.
+    first = pdsh.index("-w") + 1
+    end = next(
+        (at for at in range(first, len(pdsh)) if pdsh[at].startswith(("export ", "cd ", "source ", "-"))), first + 1
+    )
+    hosts = [*pdsh[:first], ",".join(pdsh[first:end])]
+    # The launcher itself begins so; shells, ssh and pdsh, whose words hold the same, do not.
+    launchers = f"pgrep -f '^[^ ]+ -u -m deepspeed.launcher.launch .*{PORT_OPTION}{port}( |$)'"
+    return [*hosts, f"for launcher in $({launchers}); do pkill -{number.value} -P $launcher; done; true"]
