@@ -70,7 +70,7 @@ def start_staging(final: Path, num_bytes: int) -> None:
         if final.exists():
             _move_aside(final)  # unfinished or damaged; never deleted
         staging.mkdir(parents=True)
-        if shutil.disk_usage(staging).free < num_bytes:  # else the disk is full for everyone until the write fails
+        if not _has_room(staging, num_bytes):  # else the disk is full for everyone until the write fails
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {num_bytes / 1e9:.2f} GB are needed")
     except OSError as error:
         raise unwritable(final, error) from None
@@ -204,6 +204,10 @@ def _noted(path: Path) -> dict[str, Any]:
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
     sync(path)
+
+
+def _has_room(folder: Path, num_bytes: int) -> bool:
+    return shutil.disk_usage(folder).free >= num_bytes
 
 
 def _move_aside(folder: Path) -> None:
