@@ -84,12 +84,15 @@ class CheckpointWriter:
         """What the last save took in all, had training waited for it; rank 0 knows it first."""
         self.failures = 0
         self.fault: str | None = None
-        """Why the last save failed; rank 0 knows it first."""
+        """Why the last save failed, None if it did not; rank 0 knows it first."""
+        self.last_fault = ""
+        """Why a save failed the last time one did."""
         self._before = before
         self._say = say
         self._on_commit = on_commit
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
+        self._is_awaited = False
 
     @property
     def is_written(self) -> bool:
@@ -144,8 +147,11 @@ class CheckpointWriter:
         Raises:
             CheckpointError: on all ranks alike, it cannot be.
         """
+        self.settle()
+        self._is_awaited = True
         self.begin(contents)
         self.settle()
+        self._is_awaited = False
         if self.fault is not None:
             error = CheckpointError(self.fault)
             error.silent = not self.ranks.is_main
@@ -189,11 +195,10 @@ class CheckpointWriter:
         return self.fault
 
     def _fail(self, text: str) -> None:
-        self.fault = text
+        self.fault = self.last_fault = text
         self.failures += 1
-        if self.ranks.is_main:
-            kept = "earlier checkpoints are as they were" if self.newest else "there is none yet of this start"
-            self._say(f"{text} ({kept})")
+        if self.ranks.is_main and not self._is_awaited:  # else it is raised
+            self._say(f"{text}; earlier checkpoints are as they were, and the next save is the next try")
 
     # ---- in the background
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -211,4 +212,5 @@ def _has_room(folder: Path, num_bytes: int) -> bool:
 
 
 def _move_aside(folder: Path) -> None:
-    folder.rename(folder.with_name(f"{folder.name}.aside-{os.getpid()}"))
+    places = (folder.with_name(f"{folder.name}.aside-{number}") for number in itertools.count(1))
+    folder.rename(next(place for place in places if not place.exists()))

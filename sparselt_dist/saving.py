@@ -69,6 +69,7 @@ class Saving:
             say=say,
             on_commit=self.uploader.offer if self.uploader is not None else lambda path: set(),
         )
+        self.all_written = True  # what ranks have agreed on
         self._told = 0  # failures that the journal has
 
     @property
@@ -98,15 +99,16 @@ class Saving:
         contents = self._contents()
         if must:
             self.writer.finish(contents)
-            return
-        self.writer.begin(contents)
-        if not self.config.checkpoint.asynchronous:
+        else:
+            self.writer.begin(contents)
+            if self.config.checkpoint.asynchronous:
+                return
             self.writer.settle()
-            self.writer.snapshot.release()
+        self.writer.snapshot.release()
 
-    def advance(self, all_written: bool) -> None:
+    def advance(self) -> None:
         """After a step: go on with the save under way, if all ranks have written."""
-        self.writer.advance(all_written)
+        self.writer.advance(self.all_written)
 
     def settle(self) -> None:
         """Wait for the save under way; all ranks together."""
@@ -117,8 +119,7 @@ class Saving:
         if self.writer.failures == self._told:
             return {}
         self._told = self.writer.failures
-        told = {} if self.writer.fault is None else {"checkpoint/error": self.writer.fault}
-        return {"checkpoint/failures": self._told, **told}
+        return {"checkpoint/failures": self._told, "checkpoint/error": self.writer.last_fault}
 
     def finish_uploads(self, timeout_seconds: float | None) -> bool:
         """Wait for copies to object storage; whether none is left."""

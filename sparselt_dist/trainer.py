@@ -51,8 +51,6 @@ class StepResult:
     lr: float
     grad_norm: float | None
     stop: bool
-    written: bool
-    """All ranks are done with their shares of a save."""
 
 
 class Trainer:
@@ -137,7 +135,7 @@ class Trainer:
             if line:
                 self.log(line, more_to_come=done)
             self.log_seconds = self.ledger.seconds()["log"] - after["log"]
-            self._advance_save(result.written)
+            self._advance_save()
             if result.stop or (not done and self._due(self.config.checkpoint.every_steps, self.progress.pace.save)):
                 self.save(must=result.stop)
             self.on_step()
@@ -235,7 +233,7 @@ class Trainer:
         for number, micro_batch in enumerate(drawn):
             last = number == len(drawn) - 1
             self._forward_backward(micro_batch.batch, total.counts, sums, last)
-        stop, written = self._agree_before_update(sums, started, step.micro_steps)
+        stop = self._agree_before_update(sums, started, step.micro_steps)
         passed = self.clock()
         with self.ledger.phase("optimizer"):
             norm = self._own_gradient_norm()
@@ -248,7 +246,7 @@ class Trainer:
             norm = self.engine.get_global_grad_norm()
         self.time.plan()
         self.time.pace = self.time.pace.after_update(self.clock() - passed + self.log_seconds)
-        return StepResult(sums, total, lr, None if norm is None else float(norm), stop, written)
+        return StepResult(sums, total, lr, None if norm is None else float(norm), stop)
 
     def _own_gradient_norm(self) -> torch.Tensor | None:
         """The norm before clipping where DeepSpeed keeps none (no ZeRO); only for a step that is logged."""
@@ -359,10 +357,10 @@ class Trainer:
             ]
             self.engine.backward(torch.stack(weighed).sum(), scale_wrt_gas=False)
 
-    def _agree_before_update(self, sums: Sums, started: float, micro_steps: int) -> tuple[bool, bool]:
-        """All losses finite, any rank asked to stop, all have written, rank 0's clock and pace: the one minimum over ranks.
+    def _agree_before_update(self, sums: Sums, started: float, micro_steps: int) -> bool:
+        """All losses finite, any rank asked to stop, saves written, rank 0's clock and pace: the one minimum over ranks.
 
-        Returns whether to stop, and whether all ranks have written their shares of a save.
+        Returns whether to stop.
 
         Raises:
             NonFiniteLossError: on all ranks alike, before the optimizer moves.
@@ -375,7 +373,8 @@ class Trainer:
             all_finite, stop, written = self.time.agree(votes)
         if not all_finite:
             self._raise_non_finite(finite)
-        return stop < 0, written > 0
+        self.saving.all_written = written > 0
+        return stop < 0
 
     def _raise_non_finite(self, own_is_finite: bool) -> None:
         self.saving.settle()
@@ -475,9 +474,9 @@ class Trainer:
         self._learn_pace()
         self.time.meet()
 
-    def _advance_save(self, written: bool) -> None:
+    def _advance_save(self) -> None:
         with self.ledger.phase("checkpoint"):
-            self.saving.advance(written)
+            self.saving.advance()
         self._learn_pace()
 
     def _learn_pace(self) -> None:

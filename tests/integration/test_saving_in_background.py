@@ -127,7 +127,7 @@ def test_a_write_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_kills_at_random_points_of_saving_lose_only_the_save_under_way(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    for _ in range(15):
+    for _ in range(8):
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
@@ -143,7 +143,10 @@ def test_kills_at_random_points_of_saving_lose_only_the_save_under_way(tmp_path:
         assert newest is not None and told[-1] <= checkpoint.step_of(newest) <= told[-1] + 1
     committing.clean_leftovers(tmp_path)
     left = {path.name for path in (tmp_path / "checkpoints").iterdir()} - {"latest"}
-    assert left == {path.name for path in checkpoint.complete_checkpoints(tmp_path)} and len(left) == 2
+    assert left == {path.name for path in checkpoint.complete_checkpoints(tmp_path)} and len(left) in (
+        2,
+        3,
+    )  # killed before it rotated
 
 
 def _save_until_killed(run_dir: Path, pipe: int) -> None:
