@@ -10,6 +10,7 @@ A save that fails leaves the earlier checkpoints as they are and is said; only w
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -205,12 +206,15 @@ class CheckpointWriter:
     def _write(self, final: Path, rank_state: dict[str, Any], fault: str | None) -> Written | str:
         if fault is not None:
             return fault
-        return committing.write_rank_files(
-            committing.staging_of(final), self.snapshot.parts, rank_state, self.ranks.rank
-        )
+        staging = committing.staging_of(final)
+        try:
+            return committing.write_rank_files(staging, self.snapshot.parts, rank_state, self.ranks.rank)
+        except Exception as error:  # raised on this rank alone it would leave the others waiting
+            return f"rank {self.ranks.rank}: {type(error).__name__}: {error}"
 
     def _commit(self, save: _Save) -> float:
         started = time.perf_counter()
         committing.commit(save.final, save.architecture, save.meta)
-        committing.rotate(self.run_dir, self.retention, self._on_commit(save.final))
+        with contextlib.suppress(OSError):  # what could not be deleted now is deleted after the next
+            committing.rotate(self.run_dir, self.retention, self._on_commit(save.final))
         return time.perf_counter() - started

@@ -55,6 +55,16 @@ def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]
             yield f"{name}#{key}", value.detach()
 
 
+def num_bytes(engine: DeepSpeedEngine) -> int:
+    """Of all weights and moments, whole ones; buffers apart."""
+
+    def size(parameter: Any) -> int:  # under ZeRO-3 a rank holds a part
+        return int(getattr(parameter, "ds_numel", parameter.numel())) * int(parameter.element_size())
+
+    weights = sum(size(parameter) for parameter in engine.module.parameters())
+    return weights + sum(len(keys) * size(parameter) for _, parameter, keys in _with_state_keys(engine))
+
+
 def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor], steps_taken: int) -> None:
     """Put back what `gather_moments` gave; `read` takes its names. Sets Adam's own step count as well."""
     _create_states(engine)

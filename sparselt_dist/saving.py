@@ -127,19 +127,12 @@ class Saving:
 
     def probe(self) -> float:
         """What a save takes, judged by writing some bytes where it will write its share."""
-        written = committing.probe_seconds(self.run_dir, self._num_bytes() // self.ranks.world_size)
+        written = committing.probe_seconds(self.run_dir, engine_state.num_bytes(self.engine) // self.ranks.world_size)
         return SAVE_OVER_WRITE * written + SAVE_SECONDS
 
     def _sync_journal(self) -> None:
         if self.journal is not None:
             self.journal.sync()  # a checkpoint must not be ahead of the record
-
-    def _num_bytes(self) -> int:
-        """Weights and two moments."""
-        # whole ones, of which a rank holds a part under ZeRO-3
-        return (
-            3 * 4 * sum(int(getattr(tensor, "ds_numel", tensor.numel())) for tensor in self.engine.module.parameters())
-        )
 
     def _contents(self) -> Contents:
         engine, progress = self.engine, self.progress
@@ -147,7 +140,7 @@ class Saving:
             step=progress.step,
             weights=engine_state.gather_weights(engine),
             moments=engine_state.gather_moments(engine),
-            num_bytes=self._num_bytes(),
+            num_bytes=engine_state.num_bytes(engine),
             rank_state=_random_state(),
             architecture=engine.module.backbone.config.to_dict(),
             meta={

@@ -307,6 +307,7 @@ class Trainer:
         faults, counts, rest = summed[0], summed[1 : 1 + len(self.counts)], summed[1 + len(self.counts) :]
         positions, skipped, *lanes = rest
         if faults:
+            self.saving.settle()
             distributed.agreed(self.ranks, self._raise_data_fault)
         if skipped == batch_size:
             raise DataError(
