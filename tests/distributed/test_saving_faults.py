@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 from runs import run_ranks, slow
+from s3_server import S3Server
 from save_kills import EVERY, finish, options, same, start_and_kill
 from small_disk import fill, small_disk
 
@@ -61,3 +63,30 @@ def test_a_full_disk_stops_no_run_but_the_last_save_must_be(
         assert [line["step"] for line in run.journal] == list(range(1, steps + 1))
         told = [line for line in run.journal if "checkpoint/error" in line]
         assert "No space left" in told[0]["checkpoint/error"] and told[-1]["checkpoint/failures"] >= 1
+
+
+@pytest.mark.parametrize("asynchronous", ["true", slow("false")])
+def test_a_run_saves_from_a_scratch_disk_and_copies_to_object_storage(
+    shards: Path, tmp_path: Path, s3_process: S3Server, monkeypatch: pytest.MonkeyPatch, asynchronous: str
+) -> None:
+    for name, value in {**s3_process.environment(), "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    client, bucket = s3_process.client(), f"sparselt-run-{uuid.uuid4().hex[:12]}"
+    client.create_bucket(Bucket=bucket)
+    scratch = tmp_path / "scratch"
+    run = run_ranks(
+        2,
+        shards,
+        tmp_path / "run",
+        *("budget.max_steps=5", "checkpoint.every_steps=1", "checkpoint.keep=1", "checkpoint.keep_every_steps=2"),
+        *(f"checkpoint.scratch_dir={scratch}", f"checkpoint.upload=s3://{bucket}/runs"),
+        f"checkpoint.asynchronous={asynchronous}",
+    )
+    assert run.code == 0, run.output
+    kept = [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(run.folder)]
+    assert {2, 4, 5} <= set(kept), kept  # others may have waited for their copy
+    assert list(scratch.iterdir()) == []
+    newest = checkpoint.find(run.folder)
+    stored = client.get_object(Bucket=bucket, Key=f"runs/{newest.name}/COMPLETE")["Body"].read()
+    assert stored == (newest / "COMPLETE").read_bytes()
+    assert all(line["perf/checkpoint_stall_seconds"] > 0 for line in run.journal[1:])
