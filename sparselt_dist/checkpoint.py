@@ -1,36 +1,31 @@
 """Checkpoints: `checkpoints/step_00000100/`, whole tensors by name, complete only if `COMPLETE` is there.
 
-A checkpoint is written into a temporary folder, every file flushed to disk, its sizes and SHA-256 sums noted in
-`meta.json`, `COMPLETE` written last, and the folder renamed into place; then `latest` is replaced and old ones
-rotate. A kill at any moment leaves the earlier checkpoints as they were. Only complete checkpoints load or rotate;
-what cannot be read is never deleted.
+Here they are found, verified and read; `committing.py` makes them. Only complete checkpoints load.
 
 Layout: `config.json` (the Hugging Face configuration of the backbone), `weights-00000.safetensors` and
 `moments-00000.safetensors` (one of each a writing rank), `rank_00000.pt` (random state of a rank), `meta.json` (step, tokens,
-cursor, clock, configuration, hashes).
+cursor, clock, configuration; size and SHA-256 of all files before it), `COMPLETE` (the step, and the SHA-256 of
+`meta.json`): a chain in which a flipped bit shows wherever it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparselt_dist import distributed
 from sparselt_dist.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
 FORMAT = 1
-PROBED_BYTES = 64 * 2**20
+HASHED_AT_ONCE = 4  # files
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -38,7 +33,14 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def _sha256(path: Path) -> str:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after; -1 for a folder of another name."""
+    match = _NAME.search(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -46,24 +48,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = run_dir / "checkpoints"
-    found = [path for path in folder.glob("step_*") if _NAME.search(path.name) and (path / "COMPLETE").is_file()]
-    return sorted(found, key=lambda path: int(_NAME.search(path.name).group(1)))  # type: ignore[union-attr]
+    found = [path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / "COMPLETE").is_file()]
+    return sorted(found, key=step_of)
 
 
 def find(path: Path) -> Path:
@@ -105,25 +94,50 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
+def complete_mark(step: int | None, meta: Path) -> str:
+    """What `COMPLETE` holds."""
+    return f"{step}\n{sha256(meta)}\n"
+
+
 def verify(checkpoint: Path) -> None:
     """Compare every file with the size and SHA-256 noted at saving.
 
     Raises:
         CheckpointError: a file is missing or differs; names it.
     """
-    for name, noted in read_meta(checkpoint)["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {checkpoint}: {name} is missing; use an earlier checkpoint")
+    meta = read_meta(checkpoint)
+    try:
+        mark = (checkpoint / "COMPLETE").read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {checkpoint}: COMPLETE cannot be read ({error})") from None
+    if mark != complete_mark(meta.get("step"), checkpoint / "meta.json").encode():
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: meta.json or COMPLETE was changed after it was saved; use an earlier checkpoint"
+        )
+    noted = meta["files"]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        for _ in pool.map(lambda name: _verify_file(checkpoint, name, noted[name]), noted):
+            pass
+
+
+def _verify_file(checkpoint: Path, name: str, noted: dict[str, Any]) -> None:
+    path = checkpoint / name
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {checkpoint}: {name} is missing; use an earlier checkpoint")
+    try:
         size = path.stat().st_size
-        if size != noted["bytes"] or _sha256(path) != noted["sha256"]:
-            raise CheckpointError(
-                f"checkpoint {checkpoint}: {name} was changed after it was saved ({size} bytes, {noted['bytes']} saved, "
-                "or other content); use an earlier checkpoint"
-            )
+        same = size == noted["bytes"] and sha256(path) == noted["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {checkpoint}: {name} cannot be read ({error})") from None
+    if not same:
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: {name} was changed after it was saved ({size} bytes, {noted['bytes']} saved, "
+            "or other content); use an earlier checkpoint"
+        )
 
 
-def _is_intact(checkpoint: Path) -> bool:
+def is_intact(checkpoint: Path) -> bool:
+    """Whether a checkpoint is complete and all of it as it was saved."""
     if not (checkpoint / "COMPLETE").is_file():
         return False
     try:
@@ -229,131 +243,3 @@ def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
             "Use the run's own configuration, another run.output_dir, or --resume never"
         )
     model.load_state_dict(weights, strict=False)
-
-
-def save(
-    run_dir: Path,
-    step: int,
-    *,
-    ranks: distributed.Ranks,
-    weights: Iterator[tuple[str, torch.Tensor]],
-    moments: Iterator[tuple[str, torch.Tensor]],
-    rank_state: dict[str, Any],
-    architecture: dict[str, Any],
-    meta: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write and commit a checkpoint; all ranks call it together. A step that is saved already is left as it is.
-
-    Raises:
-        CheckpointError: the run folder cannot be written; earlier checkpoints are untouched.
-    """
-    final = run_dir / "checkpoints" / folder_name(step)
-    if distributed.on_main(ranks, lambda: _is_intact(final)):
-        return final
-    staging = final.with_name(final.name + ".partial")
-    distributed.on_main(ranks, lambda: _start_staging(staging, final))
-    # Gathering is collective, so a rank that cannot write still takes part; its error is raised on all ranks below.
-    own_weights, own_moments = _owned(weights, ranks), _owned(moments, ranks)
-    parts = {"weights": own_weights, "moments": own_moments}
-    noted = distributed.gather_objects(_write_rank_files(staging, parts, rank_state, ranks), ranks)
-    failures = [text for text in noted if isinstance(text, str)]
-    if failures:
-        raise CheckpointError(f"checkpoint {final}: cannot be written ({failures[0]}); free space or mend permissions")
-    meta = {"format": FORMAT, "step": step, "world_size": ranks.world_size, **meta}
-    meta["files"] = {name: entry for part in noted for name, entry in part.items()}  # type: ignore[union-attr]
-    distributed.on_main(ranks, lambda: _commit(staging, final, architecture, meta, keep))
-    return final
-
-
-def _owned(tensors: Iterator[tuple[str, torch.Tensor]], ranks: distributed.Ranks) -> dict[str, torch.Tensor]:
-    """The tensors that fall to this rank to write: every world_size-th."""
-    return {name: tensor.contiguous() for i, (name, tensor) in enumerate(tensors) if i % ranks.world_size == ranks.rank}
-
-
-def _write_rank_files(
-    staging: Path, parts: dict[str, dict[str, torch.Tensor]], rank_state: dict[str, Any], ranks: distributed.Ranks
-) -> dict[str, dict[str, Any]] | str:
-    """Write this rank's files; their sizes and sums, or the text of the error."""
-    import torch
-    from safetensors.torch import save_file
-
-    files: dict[str, dict[str, Any]] = {}
-    try:
-        names = [f"{kind}-{ranks.rank:05d}.safetensors" for kind, tensors in parts.items() if tensors]
-        for name in names:
-            save_file(parts[name.partition("-")[0]], staging / name)
-        names.append(f"rank_{ranks.rank:05d}.pt")
-        torch.save(rank_state, staging / names[-1])
-        for name in names:
-            _sync(staging / name)
-            files[name] = {"bytes": (staging / name).stat().st_size, "sha256": _sha256(staging / name)}
-    except (OSError, RuntimeError, ValueError) as error:  # torch and safetensors wrap a full disk in their own types
-        return f"rank {ranks.rank}: {error}"
-    return files
-
-
-def probe_seconds(run_dir: Path, num_bytes: int) -> float:
-    """What writing so many bytes of a checkpoint takes, judged by writing, flushing and hashing some of them.
-
-    Raises:
-        CheckpointError: the run folder cannot be written.
-    """
-    probe, size = run_dir / f".probe-{os.getpid()}", min(num_bytes, PROBED_BYTES)
-    started = time.perf_counter()
-    try:
-        probe.write_bytes(os.urandom(1 << 20) * (size >> 20) + bytes(size & 0xFFFFF))
-        _sync(probe)
-        _sha256(probe)
-    except OSError as error:
-        raise CheckpointError(f"{run_dir}: cannot be written ({error}); free space or mend permissions") from None
-    finally:
-        probe.unlink(missing_ok=True)
-    return (time.perf_counter() - started) * num_bytes / max(size, 1)
-
-
-def _move_aside(folder: Path) -> None:
-    folder.rename(folder.with_name(f"{folder.name}.aside-{os.getpid()}"))
-
-
-def set_aside_after(run_dir: Path, step: int) -> None:
-    """Move checkpoints later than the step a start continues from out of the way, for they are no part of its run.
-
-    They are of an abandoned branch or damaged; left in place they would be rotated as the newest, and resumed from.
-    """
-    for path in complete_checkpoints(run_dir):
-        if int(_NAME.search(path.name).group(1)) > step:  # type: ignore[union-attr]
-            _move_aside(path)
-
-
-def _start_staging(staging: Path, final: Path) -> None:
-    try:
-        if staging.exists():
-            shutil.rmtree(staging)  # our own unfinished attempt
-        if final.exists():
-            _move_aside(final)  # unfinished or damaged; never deleted
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {final}: cannot be written ({error}); free space or mend permissions"
-        ) from None
-
-
-def _commit(staging: Path, final: Path, architecture: dict[str, Any], meta: dict[str, Any], keep: int) -> None:
-    try:
-        _write_text(staging / "config.json", json.dumps(architecture, indent=1))
-        _write_text(staging / "meta.json", json.dumps(meta, indent=1))
-        _write_text(staging / "COMPLETE", f"{meta['step']}\n")
-        _sync(staging)
-        staging.rename(final)
-        _sync(final.parent)
-        pointer = final.parent / "latest.new"
-        _write_text(pointer, final.name + "\n")
-        pointer.replace(final.parent / "latest")
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {final}: cannot be written ({error}); free space or mend permissions"
-        ) from None
-    for old in complete_checkpoints(final.parent.parent)[:-keep]:
-        (old / "COMPLETE").unlink()  # a half-deleted folder must not look whole
-        shutil.rmtree(old, ignore_errors=True)

@@ -191,6 +191,19 @@ class BudgetSection(Section):
 class CheckpointSection(Section):
     every_steps: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; null: only the last")
     keep: int = Field(2, ge=1, description="complete checkpoints kept")
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="checkpoints of its multiples are kept for good; null: none"
+    )
+    asynchronous: bool = Field(
+        True,
+        description="training goes on while a checkpoint is written, from a copy in memory: up to 12 bytes a weight",
+    )
+    scratch_dir: str | None = Field(
+        None, description="folder of a disk of the node that takes this copy instead of memory; null: memory"
+    )
+    upload: str | None = Field(
+        None, description="s3://bucket/prefix that committed checkpoints are copied to as well; null: none"
+    )
 
 
 class LogSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def check_contradictions(config: Config, merged: Merged, faults: Faults, *, for_
     _check_data(config, merged, faults, for_training)
     _check_optimisation(config, merged, faults)
     _check_batch(config, merged, faults)
+    _check_checkpoint(config, merged, faults)
     if not faults.touch("train.deepspeed_config"):
         values = read_ds_config(config.train.deepspeed_config, merged.source("train.deepspeed_config"), faults)
         if not faults.touch("train", "optim.clip_norm"):
@@ -200,6 +202,12 @@ def _check_optimisation(config: Config, merged: Merged, faults: Faults) -> None:
         faults.add(merged.source(path), path, str(config.train.zero_stage), f"0: {MUON_NEEDS}", fix)
     if not all(0 <= beta < 1 for beta in betas):
         faults.add(merged.source("optim.betas"), "optim.betas", show(list(betas)), "two numbers >= 0 and < 1")
+
+
+def _check_checkpoint(config: Config, merged: Merged, faults: Faults) -> None:
+    path, upload = "checkpoint.upload", config.checkpoint.upload
+    if upload is not None and not re.match("s3://[^/]", upload) and not faults.touch(path):
+        faults.add(merged.source(path), path, show(upload), "an address s3://bucket/prefix, or null")
 
 
 def _check_batch(config: Config, merged: Merged, faults: Faults) -> None:

@@ -32,19 +32,19 @@ def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
 
 
 def gather_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and persistent buffer, whole, on the CPU. All ranks must iterate together."""
+    """Every parameter and persistent buffer, whole, to be copied before the next. All ranks must iterate together."""
     for name, parameter in engine.module.named_parameters():
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            yield name, parameter.detach().to("cpu", copy=True)
+            yield name, parameter.detach()
     for name, buffer in engine.module.named_buffers():
         owner = engine.module.get_submodule(name.rpartition(".")[0])
         if name.rpartition(".")[2] not in owner._non_persistent_buffers_set:
-            yield name, buffer.detach().to("cpu", copy=True)
+            yield name, buffer.detach()
 
 
 def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """The moments of all parameters, Adam's as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before the first step. All
-    ranks together."""
+    """The moments of all parameters, Adam's as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before the first step. To
+    be copied before the next; all ranks together."""
     _create_states(engine)
     for name, parameter, keys in _with_state_keys(engine):
         for key in keys:
@@ -52,7 +52,17 @@ def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]
                 value = engine.basic_optimizer.state[parameter][key]
             else:
                 value = safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}#{key}", value.detach().to("cpu", copy=True)
+            yield f"{name}#{key}", value.detach()
+
+
+def num_bytes(engine: DeepSpeedEngine) -> int:
+    """Of all weights and moments, whole ones; buffers apart."""
+
+    def size(parameter: Any) -> int:  # under ZeRO-3 a rank holds a part
+        return int(getattr(parameter, "ds_numel", parameter.numel())) * int(parameter.element_size())
+
+    weights = sum(size(parameter) for parameter in engine.module.parameters())
+    return weights + sum(len(keys) * size(parameter) for _, parameter, keys in _with_state_keys(engine))
 
 
 def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor], steps_taken: int) -> None:

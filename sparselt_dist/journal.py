@@ -70,6 +70,7 @@ class Journal:
         self._descriptor = -1
         self._last: dict[str, Any] | None = None
         self._last_offset = self._end = 0
+        self._kept: list[tuple[float, Mapping[str, float | int | str]]] = []
         self._open()
 
     @staticmethod
@@ -81,17 +82,36 @@ class Journal:
     def append(self, line: Mapping[str, float | int | str]) -> None:
         """Write the line of step `line["step"]`. Raises ValueError if a later step is there, CheckpointError if the
         folder cannot be written (the journal then holds the earlier lines, complete)."""
+        self._append(line, self._clock())
+
+    def _append(self, line: Mapping[str, float | int | str], moment: float) -> None:
         step = int(line["step"])
         last = self._last
         if last is not None and step < last["step"]:
             raise ValueError(f"step {step} after step {last['step']} in {self.path}")
         fresh = last is None or step > last["step"]
-        merged: dict[str, Any] = {"step": step, "time": self._clock()} if last is None or fresh else dict(last)
+        merged: dict[str, Any] = {"step": step, "time": moment} if last is None or fresh else dict(last)
         merged.update((key, _plain(value)) for key, value in line.items() if key != "step")
         self._write(json.dumps(merged, allow_nan=False).encode() + b"\n", self._end if fresh else self._last_offset)
         self._last = merged
         if time.monotonic() - self._synced >= _FSYNC_SECONDS:
-            self.sync()
+            self._force()
+
+    def offer(self, line: Mapping[str, float | int | str]) -> str | None:
+        """Write the line and those kept before it; where the folder cannot be written keep it for the next try, and say
+        why. Raises ValueError as `append`."""
+        self._kept.append((self._clock(), line))
+        try:
+            self._write_kept()
+        except CheckpointError as error:
+            return f"{error}; {len(self._kept)} line(s) wait for the next try"
+        return None
+
+    def _write_kept(self) -> None:
+        while self._kept:
+            moment, line = self._kept[0]
+            self._append(line, moment)
+            del self._kept[0]
 
     def cut_back(self, last_step: int) -> None:
         """Keep the lines with step <= last_step (atomic rewrite); what a crash left torn goes too."""
@@ -101,16 +121,25 @@ class Journal:
         self._open()
 
     def sync(self) -> None:
-        """Force what was written to disk."""
-        os.fsync(self._descriptor)
+        """Write the lines kept and force all to disk. Raises CheckpointError if the folder cannot be written."""
+        self._write_kept()
+        self._force()
+
+    def _force(self) -> None:
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Force to disk and close."""
+        """Force to disk and close. Raises CheckpointError if lines cannot be written."""
         if self._descriptor >= 0:
-            self.sync()
-            os.close(self._descriptor)
-            self._descriptor = -1
+            try:
+                self.sync()
+            finally:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
     def _open(self) -> None:
         lines, self._end, self._last_offset = _read(self.path)

@@ -39,6 +39,7 @@ from sparselt_dist.profiling import FOLDER as PROFILE_FOLDER
 from sparselt_dist.profiling import StepProfile
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 from sparselt_dist.run_start import Data, Start, find_start, open_data, write_start
+from sparselt_dist.saving import Saving
 from sparselt_dist.trainer import Outcome, Trainer
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
 DRY_PRELUDE_SECONDS = 5.0  # of an objective in a dry run
-SAVE_OVER_WRITE, SAVE_SECONDS = 1.2, 0.1  # a save gathers, commits and rotates besides
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
 
 
@@ -116,13 +116,6 @@ def _restore_rank(start: Start, ranks: distributed.Ranks, seed: int) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _rank_state() -> dict[str, Any]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
 def _utilisation(
     config: Config, engine: DeepSpeedEngine, row_length: float, world_size: int
 ) -> Callable[[float], float]:
@@ -188,7 +181,19 @@ class Run:
             self.last_values.update(line)
         self.prelude = start.prelude
         self.prelude_is_told = False
-        self.newest = start.checkpoint or self.dir
+        self.journal_fault: str | None = None
+        self.saving = Saving(
+            config,
+            self.dir,
+            ranks,
+            engine,
+            progress=start.progress,
+            ledger=ledger,
+            manifest=data.train.manifest,
+            prelude=start.prelude,
+            journal=self.journal,
+            say=self.complain,
+        )
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
         self.trainer = Trainer(
             config,
@@ -215,8 +220,7 @@ class Run:
             ledger=ledger,
             stop_flag=stop_flag,
             on_log=self.log,
-            on_save=self.save,
-            probe_save=self.probe_save,
+            saving=self.saving,
             on_complaint=self.complain,
             on_message=console.message,
             on_step=self.after_step,
@@ -237,10 +241,14 @@ class Run:
         self.peak_memory_gib = float(distributed.reduce_sum(memory))
         return outcome
 
-    def close(self) -> None:
-        """Flush and close the journal."""
+    def close(self, patience: float | None) -> None:
+        """Flush and close the journal, and wait so many seconds for uploads."""
         if self.journal is not None:
             self.journal.close()
+        if not self.saving.finish_uploads(patience):
+            self.complain(
+                "the last checkpoint was not uploaded to checkpoint.upload in time; the next start does not either"
+            )
 
     def summary(self) -> dict[str, Any]:
         """What `summary.json` tells of a run besides its status."""
@@ -287,7 +295,10 @@ class Run:
             rank_log.note(f"loss {line['train/loss']:.4f}")
         if self.journal is None:
             return
-        self.journal.append(line)
+        fault = self.journal.offer(line)
+        if fault is not None and self.journal_fault is None:
+            self.complain(fault)
+        self.journal_fault = fault
         fraction = line.get("progress/fraction", self.trainer.time.fraction())
         seconds = self.trainer.progress.seconds - self.trainer.progress.prelude_seconds
         self.console.update(
@@ -312,42 +323,6 @@ class Run:
         """A warning of this rank, such as a bad shard that is left out."""
         print(f"rank {self.ranks.rank}: warning: {text}", file=sys.stderr, flush=True)
 
-    def save(self) -> None:
-        """Commit a checkpoint of this moment."""
-        progress = self.trainer.progress
-        if self.journal is not None:
-            self.journal.sync()  # a checkpoint must not be ahead of the record
-        self.newest = checkpoint.save(
-            self.dir,
-            progress.step,
-            ranks=self.ranks,
-            weights=engine_state.gather_weights(self.engine),
-            moments=engine_state.gather_moments(self.engine),
-            rank_state=_rank_state(),
-            architecture=self.engine.module.backbone.config.to_dict(),
-            meta={
-                "progress": progress.as_dict(),
-                "tokens": progress.tokens,
-                "loss_scaler": engine_state.loss_scaler_state(self.engine),
-                "optimizer_steps": engine_state.optimizer_steps(self.engine),
-                "ledger_seconds": self.ledger.seconds(),
-                "objective": self.config.objective.name,
-                "seed": self.config.run.seed,
-                "prelude": None if self.prelude is None else self.prelude._asdict(),
-                "data_manifest_sha256": self.data.train.manifest.sha256,
-                "tokenizer_sha256": self.data.train.manifest.tokenizer_sha256,
-                "config": self.config.model_dump(mode="json"),
-            },
-            keep=self.config.checkpoint.keep,
-        )
-
-    def probe_save(self) -> float:
-        """What a save takes, judged by writing some bytes where it will write its share: weights and two moments."""
-        # whole ones, of which a rank holds a part under ZeRO-3
-        weights = sum(getattr(tensor, "ds_numel", tensor.numel()) for tensor in self.engine.module.parameters())
-        written = checkpoint.probe_seconds(self.dir, 3 * 4 * weights // self.ranks.world_size)
-        return SAVE_OVER_WRITE * written + SAVE_SECONDS
-
     def _finish(self) -> None:
         """After the budget: last checkpoint and held-out loss, which belong to it; yardsticks and export, which do not.
 
@@ -371,7 +346,7 @@ class Run:
         with self.ledger.phase("yardsticks"):
             return run_yardsticks(
                 # whole, whatever the ZeRO stage, and with what the objective adds to it
-                load_checkpoint(self.newest).model.to(self.engine.device).backbone,
+                load_checkpoint(self.saving.newest or self.dir).model.to(self.engine.device).backbone,
                 self.data.train,
                 self.data.validation,
                 self.data.tokenizer,
@@ -382,7 +357,7 @@ class Run:
         from sparselt_dist.models.exporting import export_checkpoint
 
         with self.ledger.phase("export"):
-            export_checkpoint(self.newest, self.dir / "model", metrics=metrics)
+            export_checkpoint(self.saving.newest or self.dir, self.dir / "model", metrics=metrics)
 
 
 def _start_follower(config: Config, run_dir: Path, ranks: distributed.Ranks) -> subprocess.Popen[bytes] | None:
@@ -402,7 +377,7 @@ def _close(
     identity = mlflow_identity(run_dir, min(patience, IDENTITY_SECONDS)) if follower is not None else None
     summary: dict[str, Any] = {"status": status, "mlflow_run_id": identity, "steps": 0, "tokens": 0, "seconds": 0.0}
     if run is not None:
-        run.close()
+        run.close(patience=None if status == "finished" else STOPPED_SECONDS)
         summary.update(run.summary())
     run_folder.write_json(run_dir / "summary.json", summary)
     complaint = wait_follower(follower, run_dir, timeout_seconds=patience) if follower is not None else ""
@@ -486,6 +461,7 @@ def dry_run(
             "run": config.run.model_copy(update={"output_dir": str(folder)}),
             "budget": config.budget.model_copy(update={"max_steps": 2}),
             "log": config.log.model_copy(update={"mlflow_uri": None, "every_steps": 1}),
+            "checkpoint": config.checkpoint.model_copy(update={"upload": None}),
             "train": config.train.model_copy(update={"yardsticks": False, "evaluate_samples": 64}),
         }
     )

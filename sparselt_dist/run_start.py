@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparselt_dist import checkpoint, distributed, run_folder
+from sparselt_dist import checkpoint, committing, distributed, run_folder
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import dump
 from sparselt_dist.data.corpora import Corpora, Location, open_corpora
@@ -167,7 +167,8 @@ def write_start(
         run_folder.run_id(run_dir)
         run_folder.copy_tokenizer(data.train.tokenizer, run_dir)
         write_copy(data.train.manifest, run_dir)
-        checkpoint.set_aside_after(run_dir, step)
+        committing.clean_leftovers(run_dir)
+        committing.set_aside_after(run_dir, step)
         (run_dir / "summary.json").unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(

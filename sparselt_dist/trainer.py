@@ -25,6 +25,7 @@ from sparselt_dist.drawing import StepDraw
 from sparselt_dist.landing import TRAINING_OVER_FORWARD, NextStep
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
 from sparselt_dist.objectives.base import SharesStatistics, loss_terms
+from sparselt_dist.saving import Saving
 from sparselt_dist.step_sums import Drawn, Sums
 from sparselt_dist.timekeeping import Progress, Timekeeper
 
@@ -67,8 +68,7 @@ class Trainer:
         ledger: TimeLedger,
         stop_flag: distributed.StopFlag,
         on_log: Callable[[dict[str, Any]], None],
-        on_save: Callable[[], None],
-        probe_save: Callable[[], float],
+        saving: Saving,
         on_complaint: Callable[[str], None],
         on_message: Callable[[str], None],
         on_step: Callable[[], None],
@@ -86,8 +86,7 @@ class Trainer:
         self.ledger = ledger
         self.stop_flag = stop_flag
         self.on_log = on_log
-        self.on_save = on_save
-        self.probe_save = probe_save  # what a save takes on this rank, judged without one
+        self.saving = saving
         self.on_complaint = on_complaint  # of this rank
         self.on_message = on_message
         self.on_step = on_step  # after a step and all that followed it
@@ -110,7 +109,7 @@ class Trainer:
         self.is_first_step = True
         self.step_seconds = 0.0
         self.log_seconds = 0.0
-        self.checkpoint_seconds = 0.0
+        self.stall_from: float | None = None  # the phase's seconds before the last save
         self.given_up = False
         self.is_timed_again = False
 
@@ -144,8 +143,9 @@ class Trainer:
             if line:
                 self.log(line, more_to_come=done)
             self.log_seconds = self.ledger.seconds()["log"] - after["log"]
+            self._advance_save()
             if result.stop or (not done and self._due(self.config.checkpoint.every_steps, self.progress.pace.save)):
-                self.save()
+                self.save(must=result.stop)
             self.on_step()
             if not self.is_timed_again and self.time.nears_the_end():
                 self._rehearse_again()
@@ -160,7 +160,7 @@ class Trainer:
         limit = self.time.budget.max_seconds
         self.progress.landed_seconds = limit or 0.0
         reserve = {} if limit is None else {"budget/reserve_seconds": self.time.reserve()}
-        self.save()
+        self.save(must=True)
         values = {**self.evaluate(), "budget/elapsed_seconds": self.progress.seconds, **reserve}
         self._say(self.time.verdict())
         return values
@@ -204,7 +204,7 @@ class Trainer:
         with self.ledger.phase("compile" if self.config.train.compile else "evaluate"):
             self._time_evaluation(first=True)
         with self.ledger.phase("checkpoint"):
-            save = self.time.pace.save or distributed.agreed(self.ranks, self.probe_save)
+            save = self.time.pace.save or distributed.agreed(self.ranks, self.saving.probe)
         self.time.pace = self.time.pace._replace(save=save)
         self.time.meet()
         self._say(self.time.complaint())
@@ -250,7 +250,8 @@ class Trainer:
         self.engine.module.set_progress(self.progress.step, fraction)
         batch_size = step.micro_steps * self.time.unit
         drawn = self.data.draw(step.micro_steps, fraction)
-        total = self.data.agree(drawn, self.progress.step, batch_size)
+        with self.saving.settled_first():
+            total = self.data.agree(drawn, self.progress.step, batch_size)
         self._share_statistics(drawn)
         sums = Sums()
         for number, micro_batch in enumerate(drawn):
@@ -322,7 +323,7 @@ class Trainer:
             self.engine.backward(torch.stack(weighed).sum(), scale_wrt_gas=False)
 
     def _agree_before_update(self, sums: Sums, started: float, micro_steps: int) -> bool:
-        """All losses finite, any rank asked to stop, rank 0's clock and pace: the one minimum over ranks.
+        """All losses finite, any rank asked to stop, saves written, rank 0's clock and pace: the one minimum over ranks.
 
         Returns whether to stop.
 
@@ -333,12 +334,15 @@ class Trainer:
             finite = sums.loss_is_finite()
             if not (self.is_first_step and self.config.train.compile):  # which is no pace
                 self.time.pace = self.time.pace.after_pass(self.clock() - started, micro_steps)
-            all_finite, stop = self.time.agree([float(finite), -float(self.stop_flag.is_set)])
+            votes = [float(finite), -float(self.stop_flag.is_set), float(self.saving.is_written)]
+            all_finite, stop, written = self.time.agree(votes)
         if not all_finite:
             self._raise_non_finite(finite)
+        self.saving.all_written = written > 0
         return stop < 0
 
     def _raise_non_finite(self, own_is_finite: bool) -> None:
+        self.saving.settle()
         reports = distributed.gather_objects(None if own_is_finite else self._sample_keys(), self.ranks)
         rank, keys = next((rank, keys) for rank, keys in enumerate(reports) if keys is not None)
         raise NonFiniteLossError(
@@ -405,7 +409,7 @@ class Trainer:
                 "perf/mfu": tokens_per_second * self.utilisation(targets / max(tokens, 1)),
                 "perf/fill_fraction": tokens / drawn.positions,
                 "perf/data_wait_fraction": data_seconds / self.step_seconds,
-                "perf/checkpoint_stall_seconds": self.checkpoint_seconds,
+                "perf/checkpoint_stall_seconds": self._stall(),
                 "perf/memory_gib": peak_memory_gib(),
             }
         )
@@ -416,6 +420,7 @@ class Trainer:
             self.data.first_batch_seconds = -1.0  # only in the first line of a start
         if self.config.log.batch_digest:
             line["batch_digest"] = digest_hex(drawn.digest)
+        line.update(self.saving.news())
         if self.config.data.on_bad_shard == "skip":
             line["progress/skipped_samples"] = self.progress.skipped
         return line
@@ -425,15 +430,27 @@ class Trainer:
         with self.ledger.phase("log"):
             self.on_log(line if more_to_come else {**line, **self.ledger.metrics()})
 
-    def save(self) -> None:
-        """Have a checkpoint committed; training waits for it."""
+    def save(self, *, must: bool) -> None:
+        """Have a checkpoint saved; one that must be is waited for, others are written while training goes on."""
         self.time.meet()  # a resume goes on from here
-        started = self.clock()
+        self.stall_from = self.ledger.seconds()["checkpoint"]
         with self.ledger.phase("checkpoint"):
-            self.on_save()
-        self.checkpoint_seconds = self.clock() - started
-        self.time.pace = self.time.pace._replace(save=self.checkpoint_seconds)
+            self.saving.save(must=must)
+        self._learn_pace()
         self.time.meet()
+
+    def _advance_save(self) -> None:
+        with self.ledger.phase("checkpoint"):
+            self.saving.advance()
+        self._learn_pace()
+
+    def _learn_pace(self) -> None:
+        """What a save takes that is waited for, once one is committed."""
+        self.time.pace = self.time.pace._replace(save=self.saving.seconds or self.time.pace.save)
+
+    def _stall(self) -> float:
+        """Seconds for which the last save held training up so far."""
+        return 0.0 if self.stall_from is None else self.ledger.seconds()["checkpoint"] - self.stall_from
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from sparselt_dist.data.transports import TransferFault, list_s3, open_body, split_s3
+from sparselt_dist.data.transports import TransferFault, list_s3, open_body, put_s3, split_s3
 from sparselt_dist.errors import DataError
 
 LONGEST_PAUSE_SECONDS = 30.0
@@ -210,6 +210,16 @@ def _local(path: str, read: Callable[[str], Result]) -> Result:
 
 
 # --- transfers -------------------------------------------------------------------------------------------------------
+
+
+def upload(path: Path, url: str, retry: RetryPolicy) -> None:
+    """Store a local file at an s3:// address.
+
+    Raises:
+        DataError: it did not arrive, or access was refused.
+        OSError: the file cannot be read.
+    """
+    _with_retries(url, retry, lambda: put_s3(path, url, retry.timeout_seconds))
 
 
 def read_bytes(url: str, retry: RetryPolicy) -> bytes:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -134,20 +135,19 @@ def _chunks(read: Callable[[], bytes], timeout_seconds: float) -> Iterator[bytes
         raise _failure(error, timeout_seconds) from error
 
 
-def _status_fault(status: int, said: str, retry_after: str | None) -> TransferFault:
+def _status_fault(status: int, said: str, retry_after: str | None, action: str = "read") -> TransferFault:
     """The fault of an answer without body.
 
     Args:
         said: the answer in words.
+        action: what was tried, "read" or "write".
         retry_after: the header of that name; a date instead of seconds is passed over.
     """
     pause = float(retry_after) if retry_after and retry_after.isdecimal() else None
     if status in (404, 410):
         return TransferFault(f"not found ({said})", "missing")
     if status in (401, 403):
-        advice = (
-            "give credentials that may read it: AWS's usual ones for s3://, a signed address or ~/.netrc for http(s)://"
-        )
+        advice = f"give credentials that may {action} it: AWS's usual ones for s3://, a signed address or ~/.netrc for http(s)://"
         return TransferFault(f"access refused ({said})", "refused", advice=advice)
     if status in (412, 416):  # the version that earlier tries saw is gone, or shorter now
         return TransferFault(f"the object changed meanwhile ({said})", "anew")
@@ -243,7 +243,7 @@ _s3_clients: _Clients[Any] = _Clients(_make_s3_client)
 
 
 @contextmanager
-def _lent_s3_client(timeout_seconds: float) -> Iterator[Any]:
+def _lent_s3_client(timeout_seconds: float, action: str = "read") -> Iterator[Any]:
     """A client whose errors are faults."""
     from botocore import exceptions
 
@@ -255,7 +255,7 @@ def _lent_s3_client(timeout_seconds: float) -> Iterator[Any]:
         status, headers = answer.get("HTTPStatusCode", 0), answer.get("HTTPHeaders", {})
         code = told.get("Code", "")
         said = f"HTTP {status} {told.get('Message', '') if code == str(status) else code}".rstrip()
-        raise _status_fault(status, said, headers.get("retry-after")) from error
+        raise _status_fault(status, said, headers.get("retry-after"), action) from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError) as error:
         raise _failure(error, timeout_seconds) from error
     except exceptions.BotoCoreError as error:  # half of a credential, a bucket that no bucket can be named like
@@ -278,6 +278,26 @@ def _open_s3(url: str, start: int, validator: str | None, timeout_seconds: float
                 yield Body(chunks, start, _sent_range(answer["ContentRange"], start), answer.get("ETag"))
             else:
                 yield Body(chunks, 0, answer.get("ContentLength"), answer.get("ETag"))
+
+
+def put_s3(path: Path, url: str, timeout_seconds: float) -> None:
+    """Store a file as an object, in parts if it is large; its parts appear as one object, or not at all.
+
+    Raises:
+        TransferFault: it did not arrive.
+        OSError: the file cannot be read.
+    """
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import ClientError
+
+    bucket, key = split_s3(url)
+    with _lent_s3_client(timeout_seconds, "write") as client:
+        try:
+            client.upload_file(str(path), bucket, key)
+        except S3UploadFailedError as error:  # what the server said is inside
+            if isinstance(error.__context__, ClientError):
+                raise error.__context__ from None
+            raise TransferFault(str(error), "again") from error
 
 
 def list_s3(bucket: str, prefix: str, timeout_seconds: float) -> list[str]:

@@ -352,3 +352,9 @@ def test_a_checkpoint_to_start_from_inherits_no_sizes(tmp_path: Path) -> None:
     assert load_config(["quickstart"], [start]).model.config == {}
     kept = load_config(["quickstart"], [start, "model.config.hidden_dropout_prob=0.1"]).model.config
     assert kept == {"hidden_dropout_prob": 0.1}
+
+
+@pytest.mark.parametrize("address", ["bucket/prefix", "s3://", "https://host/bucket"])
+def test_checkpoints_are_uploaded_to_s3_addresses_alone(address: str) -> None:
+    assert "an address s3://bucket/prefix, or null" in fault(f"checkpoint.upload={address}")
+    assert load("checkpoint.upload=s3://bucket/runs").checkpoint.upload == "s3://bucket/runs"

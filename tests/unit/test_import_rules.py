@@ -28,10 +28,10 @@ LAYERS: dict[int, str] = {
           data.
           objectives objectives.base objectives.cost""",
     # models, objectives, and what is written and read of them
-    2: "models. objectives. optim checkpoint engine_state mlflow_sink",
+    2: "models. objectives. optim checkpoint checkpoint_writer committing engine_state snapshot uploading mlflow_sink",
     # what is done with them
-    3: """evaluation. trainer timekeeping drawing step_sums compile_check profiling micro_batch_search run_folder closing
-          comparison compare_report diagnosis typing_report""",
+    3: """evaluation. trainer saving timekeeping drawing step_sums compile_check profiling micro_batch_search run_folder
+          closing comparison compare_report diagnosis typing_report""",
     # command lines, and the jobs that they start
     4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start
           shards typing""",
@@ -39,7 +39,7 @@ LAYERS: dict[int, str] = {
 
 # Library -> the only modules that may import it.
 OWNERS: dict[str, str] = {
-    "deepspeed": "distributed trainer checkpoint engine_state launch run",
+    "deepspeed": "distributed trainer checkpoint engine_state saving launch run",
     "mlflow": "mlflow_sink comparison",
     "webdataset": "data.",
     "datasets": "data.",

@@ -149,3 +149,26 @@ def test_replace_file_never_leaves_a_piece(tmp_path: Path, monkeypatch: pytest.M
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_that_finds_no_room_waits_for_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter(range(100, 200))
+    journal = Journal(tmp_path, clock=lambda: float(next(moments)))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert journal.offer({"step": 1, "train/loss": 1.0}) is None
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        assert "1 line(s) wait" in str(journal.offer({"step": 2, "train/loss": 2.0}))
+        assert "2 line(s) wait" in str(journal.offer({"step": 2, "eval/loss": 2.5}))
+        with pytest.raises(CheckpointError, match="No space left"):
+            journal.sync()
+    assert journal.offer({"step": 3}) is None
+    journal.close()
+    assert Journal.read(tmp_path) == [
+        {"step": 1, "time": 100.0, "train/loss": 1.0},
+        {"step": 2, "time": 101.0, "train/loss": 2.0, "eval/loss": 2.5},
+        {"step": 3, "time": 103.0},
+    ]
