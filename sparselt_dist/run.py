@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +18,23 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from sparselt_dist import checkpoint, distributed, engine_state, run_folder
+from sparselt_dist import checkpoint, distributed, engine_state, preflight, run_folder
 from sparselt_dist.allocator import keep_freed_memory
 from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.data.loader import Loader
 from sparselt_dist.device import watts_of
+from sparselt_dist.errors import RunFailureError
 from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
+from sparselt_dist.health import Health
 from sparselt_dist.journal import Journal
 from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_flops, peak_memory_gib
 from sparselt_dist.micro_batch_search import find_fastest
 from sparselt_dist.models.assembly import build_collator, build_model
 from sparselt_dist.models.workload import workload
+from sparselt_dist.non_finite import NonFinite
 from sparselt_dist.objectives import get_objective
 from sparselt_dist.objectives.base import PreludeStopped
 from sparselt_dist.objectives.cost import flops_per_token
@@ -38,8 +43,10 @@ from sparselt_dist.prelude import begin, make_setting, prelude_metrics, prelude_
 from sparselt_dist.profiling import FOLDER as PROFILE_FOLDER
 from sparselt_dist.profiling import StepProfile
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
-from sparselt_dist.run_start import Data, Start, find_start, open_data, write_start
+from sparselt_dist.run_start import Data, Start, find_start, open_data, rewound, write_start
+from sparselt_dist.spikes import RewindRun
 from sparselt_dist.trainer import Outcome, Trainer
+from sparselt_dist.watchdog import Launcher, Watchdog
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora
@@ -189,6 +196,9 @@ class Run:
         self.prelude = start.prelude
         self.prelude_is_told = False
         self.newest = start.checkpoint or self.dir
+        self.saved_position = start.progress.position if start.checkpoint is not None else None
+        self.health = Health(ranks, engine.device, ledger, start.progress, console.message)
+        self.outcome: Outcome = "failed"
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
         self.trainer = Trainer(
             config,
@@ -205,6 +215,7 @@ class Run:
                 world_size=ranks.world_size,
                 num_workers=config.data.num_workers,
                 start_position=start.progress.position,
+                left_out=start.progress.left_out,
                 row_length=config.data.sequence_length,
                 prefetch=config.data.prefetch,
                 pin_memory=engine.device.type == "cuda",
@@ -219,8 +230,25 @@ class Run:
             probe_save=self.probe_save,
             on_complaint=self.complain,
             on_step=self.after_step,
+            on_non_finite=lambda progress: NonFinite(config, engine, ranks, progress, self.dir, console.message),
+            saved_position=lambda: self.saved_position,
             utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
         )
+
+    def train_or_rewind(self) -> RewindRun | None:
+        """Train to the end of the budget or a stop, which is then `outcome`; or to a spike that is to be undone."""
+        try:
+            self.outcome = self.train()
+        except RewindRun as spike:
+            return spike.with_traceback(None)
+        return None
+
+    def give_up_engine(self) -> None:
+        """Free what a run that is taken up again at a checkpoint held."""
+        self.close()
+        self.engine.destroy()
+        del self.trainer, self.engine
+        gc.collect()
 
     def train(self) -> Outcome:
         """Train to the end of the budget or a stop, and finish."""
@@ -230,6 +258,7 @@ class Run:
             outcome = self.trainer.run()
         finally:
             self._tell(self.profile.finish(self.ledger.seconds()) if self.profile is not None else None)
+        self.health.look(self.trainer.progress, now=True)
         if outcome == "finished":
             self._finish()
         memory = torch.tensor([peak_memory_gib()], dtype=torch.float64, device=self.engine.device)
@@ -257,6 +286,7 @@ class Run:
             "data_manifest_sha256": self.data.train.manifest.sha256,
             "peak_memory_gib": self.peak_memory_gib,
             **self._budget_summary(),
+            **self.health.summary(),
             **prelude_summary(self.config, self.prelude, progress),
             **yardsticks,
         }
@@ -295,7 +325,8 @@ class Run:
         )
 
     def after_step(self) -> None:
-        """Count a step for the profile."""
+        """Count a step for the profile; compare the ranks now and then."""
+        self.health.look(self.trainer.progress)
         if self.profile is not None:
             self._tell(self.profile.after_step(self.trainer.progress.step, self.ledger.seconds()))
 
@@ -335,6 +366,7 @@ class Run:
             },
             keep=self.config.checkpoint.keep,
         )
+        self.saved_position = progress.position
 
     def probe_save(self) -> float:
         """What a save takes, judged by writing some bytes where it will write its share: weights and two moments."""
@@ -416,6 +448,7 @@ def pretrain(
     resume: str,
     profile: str,
     started: float,
+    launcher: Launcher,
     max_prelude_seconds: float = math.inf,
 ) -> Outcome:
     """Run from configuration to finished folder; all ranks call it. Returns how the run ended.
@@ -424,6 +457,7 @@ def pretrain(
 
     Raises:
         SparseltError: configuration, data or checkpoint at fault.
+        RunFailureError: a loss or gradient that is no number; another rank died or hangs.
     """
     ledger = TimeLedger(start=started)
     console = ConsoleProgress(rank=ranks.rank, total_steps=config.budget.max_steps)
@@ -432,8 +466,12 @@ def pretrain(
         keep_freed_memory()
     plan = make_plan(config, ranks.world_size)
     run_dir = Path(plan.output_dir)
+    watchdog = Watchdog(ranks, ledger, run_dir, config.train.hang_minutes, launcher)
+    watchdog.start()
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
+    opened = [corpora for corpora in (data.train, data.validation) if corpora is not None]
+    preflight.check(config, run_dir, opened, ranks, device, console.message)
     config = _settled(config, data, start, ranks, device, console)
     plan = make_plan(config, ranks.world_size)
     claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
@@ -443,7 +481,8 @@ def pretrain(
     status: Outcome = "failed"
     run: Run | None = None
     setting = make_setting(config, data.train, data.tokenizer, device, max_prelude_seconds)
-    try:
+
+    def begun(start: Start) -> Run:
         engine = build_engine(
             config,
             plan,
@@ -454,13 +493,28 @@ def pretrain(
         )
         _restore_rank(start, ranks, config.run.seed)
         run = Run(config, plan, data, ranks, engine, start, stop_flag, console, ledger)
-        status = run.train()
+        watchdog.step = lambda: run.trainer.progress.step
+        return run
+
+    watchdog.at_worst = lambda: _close(run, run_dir, ranks, "failed", follower)
+    try:
+        run = begun(start)
+        while (spike := run.train_or_rewind()) is not None:
+            since, before = time.monotonic(), run.trainer.progress
+            run.give_up_engine()
+            run = None
+            run = begun(rewound(config, data, plan, ranks, before, spike, console))
+            run.trainer.progress.seconds += time.monotonic() - since
+        status = run.outcome
     except PreludeStopped:
         status = "stopped"
         console.message("stopped before the first step; the same command begins anew")
+    except Exception as error:
+        raise watchdog.explained(error) from None if isinstance(error, RunFailureError) else error
     finally:
         console.close()
         _close(run, run_dir, ranks, status, follower)
+    watchdog.stop()
     distributed.barrier()  # a launcher that sees one rank end with 75 ends the others
     distributed.shut_down()
     if claim is not None:
@@ -469,7 +523,13 @@ def pretrain(
 
 
 def dry_run(
-    config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag, *, profile: str, started: float
+    config: Config,
+    ranks: distributed.Ranks,
+    stop_flag: distributed.StopFlag,
+    *,
+    profile: str,
+    started: float,
+    launcher: Launcher,
 ) -> Outcome:
     """Everything a run does, for two steps, in a folder that is removed after; shards it needs are prepared and kept."""
     folder = Path(make_plan(config, ranks.world_size).output_dir + ".dry-run")
@@ -491,6 +551,7 @@ def dry_run(
             resume="auto",
             profile=profile,
             started=started,
+            launcher=launcher,
             max_prelude_seconds=DRY_PRELUDE_SECONDS,
         )
     finally:

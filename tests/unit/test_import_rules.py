@@ -24,14 +24,14 @@ LAYERS: dict[int, str] = {
     0: "errors config config_layers config_checks architectures budget ds_config run_plan objectives.settings",
     # parts that know neither a model nor an objective
     1: """allocator config_loading device distributed expected_curve extensions follower journal landing metrics planning
-          rank_report supervisor
+          rank_report supervisor spikes watchdog
           data.
           objectives objectives.base objectives.cost""",
     # models, objectives, and what is written and read of them
     2: "models. objectives. optim checkpoint engine_state mlflow_sink",
     # what is done with them
-    3: """evaluation. trainer timekeeping step_sums profiling micro_batch_search run_folder closing comparison compare_report
-          diagnosis typing_report""",
+    3: """evaluation. trainer non_finite health preflight timekeeping step_sums profiling micro_batch_search run_folder closing
+          comparison compare_report diagnosis typing_report""",
     # command lines, and the jobs that they start
     4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start
           shards typing""",
