@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -56,9 +57,9 @@ class Facts(NamedTuple):
     missing: str  # a shard that is not there
 
 
-def own_facts(config: Config, run_dir: Path, corpora: Sequence[Corpora], device: torch.device) -> Facts:
-    """Of this rank."""
-    speed, fault = _write_speed(run_dir)
+def own_facts(config: Config, run_dir: Path, corpora: Sequence[Corpora], device: torch.device, num_bytes: int) -> Facts:
+    """Of this rank, which writes so many bytes."""
+    speed, fault = _write_speed(run_dir, num_bytes)
     identity, free = "", 1.0
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -86,21 +87,22 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _write_speed(run_dir: Path) -> tuple[float, str]:
-    """MiB a second to disk, and why it cannot be written."""
+def _write_speed(run_dir: Path, num_bytes: int) -> tuple[float, str]:
+    """MiB a second to disk, infinite where nothing is written, and why the folder takes no file."""
     path = run_dir / f".preflight-{socket.gethostname()}-{os.getpid()}"
     started = time.perf_counter()
     try:
         with path.open("wb") as file:
-            file.write(os.urandom(WRITTEN_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+            if num_bytes:
+                file.write(os.urandom(num_bytes))
+                file.flush()
+                os.fsync(file.fileno())
         seconds = time.perf_counter() - started
         path.unlink()
     except OSError as error:
         path.unlink(missing_ok=True)
         return 0.0, error.strerror or str(error)
-    return WRITTEN_BYTES / 2**20 / max(seconds, 1e-6), ""
+    return (num_bytes / 2**20 / max(seconds, 1e-6) if num_bytes else math.inf), ""
 
 
 def _missing_shard(corpora: Sequence[Corpora]) -> str:
@@ -241,7 +243,8 @@ def check(
         ConfigError: on all ranks alike, said by rank 0: a fault.
     """
     started = time.perf_counter()
-    facts = distributed.gather_objects(own_facts(config, run_dir, corpora, device), ranks)
+    num_bytes = WRITTEN_BYTES if ranks.local_rank == 0 else 0  # one a host: the others would only share its speed
+    facts = distributed.gather_objects(own_facts(config, run_dir, corpora, device, num_bytes), ranks)
     skews, reduce_mib = _clock_skews(ranks), _reduce_speed(ranks, device)
     findings = distributed.on_main(ranks, lambda: judge(facts, skews, reduce_mib, run_dir))
     errors = [finding for finding in findings if finding.level == "error"]

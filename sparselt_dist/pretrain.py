@@ -96,7 +96,8 @@ def _run(args: argparse.Namespace, started: float) -> int:
     launcher = Launcher(os.environ)
     launcher.bind()
     rank_report.announce()
-    from sparselt_dist.run import dry_run, pretrain
+    from sparselt_dist.dry_run import dry_run
+    from sparselt_dist.run import pretrain
 
     profile = ",".join(args.config) or "quickstart"
     shared: dict[str, Any] = {"profile": profile, "started": started, "launcher": launcher}

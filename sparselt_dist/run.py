@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -22,22 +20,17 @@ from sparselt_dist import checkpoint, distributed, engine_state, preflight, run_
 from sparselt_dist.allocator import keep_freed_memory
 from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
-from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.data.loader import Loader
-from sparselt_dist.device import watts_of
 from sparselt_dist.errors import RunFailureError
 from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.health import Health
 from sparselt_dist.journal import Journal
-from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_flops, peak_memory_gib
+from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_memory_gib
 from sparselt_dist.micro_batch_search import find_fastest
 from sparselt_dist.models.assembly import build_collator, build_model
-from sparselt_dist.models.workload import workload
 from sparselt_dist.non_finite import NonFinite
-from sparselt_dist.objectives import get_objective
 from sparselt_dist.objectives.base import PreludeStopped
-from sparselt_dist.objectives.cost import flops_per_token
 from sparselt_dist.optim import build_optimizer
 from sparselt_dist.prelude import begin, make_setting, prelude_metrics, prelude_summary
 from sparselt_dist.profiling import FOLDER as PROFILE_FOLDER
@@ -46,15 +39,14 @@ from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 from sparselt_dist.run_start import Data, Start, find_start, open_data, rewound, write_start
 from sparselt_dist.spikes import RewindRun
 from sparselt_dist.trainer import Outcome, Trainer
+from sparselt_dist.utilisation import device_watts, row_length, utilisation
 from sparselt_dist.watchdog import Launcher, Watchdog
 
 if TYPE_CHECKING:
-    from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.models.backbone import PretrainingModel
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
-DRY_PRELUDE_SECONDS = 5.0  # of an objective in a dry run
 SAVE_OVER_WRITE, SAVE_SECONDS = 1.2, 0.1  # a save gathers, commits and rotates besides
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
 
@@ -130,38 +122,6 @@ def _rank_state() -> dict[str, Any]:
     return state
 
 
-def _utilisation(
-    config: Config, engine: DeepSpeedEngine, row_length: float, world_size: int
-) -> Callable[[float], float]:
-    """Targets a token to the MFU of one token a second: a token's FLOPs over the peak of all devices."""
-    given = config.log.peak_tflops
-    peak = given * 1e12 if given is not None else peak_flops(engine.device, config.train.precision)
-    objective, settings = get_objective(config.objective.name), objective_settings(config)
-    work = workload(
-        engine.module.backbone,
-        mean_length=row_length,
-        targets_per_token=0.0,
-        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
-        world_size=world_size,
-        accumulation_steps=engine.gradient_accumulation_steps(),
-    )
-
-    def utilisation(targets_per_token: float) -> float:
-        of_step = dataclasses.replace(work, targets_per_token=targets_per_token)
-        return flops_per_token(objective, settings, of_step) / (peak * world_size)
-
-    return utilisation
-
-
-def _device_watts(device: torch.device) -> float | None:
-    return None if device.type == "cpu" else watts_of(torch.cuda.get_device_name(device))
-
-
-def _row_length(corpora: Corpora) -> float:
-    """Tokens a row: what attention spans."""
-    return float(corpora.manifest.sequence_length or corpora.mean_length)
-
-
 class Run:
     """The pieces of a run after start-up, and what happens at a log line, at a save and at the end."""
 
@@ -232,7 +192,7 @@ class Run:
             on_step=self.after_step,
             on_non_finite=lambda progress: NonFinite(config, engine, ranks, progress, self.dir, console.message),
             saved_position=lambda: self.saved_position,
-            utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
+            utilisation=utilisation(config, engine, row_length(data.train), ranks.world_size),
         )
 
     def train_or_rewind(self) -> RewindRun | None:
@@ -295,7 +255,7 @@ class Run:
         """The budget of the clock, where there is one; energy, where the device's power is known; a run that gave up."""
         limit = self.trainer.time.budget.max_seconds
         told: dict[str, Any] = {} if limit is None else {"budget_seconds": limit}
-        watts = self.config.log.device_watts or _device_watts(self.engine.device)
+        watts = self.config.log.device_watts or device_watts(self.engine.device)
         if watts is not None:  # of the devices alone, as under load all the time
             told["energy_kwh"] = watts * self.ranks.world_size * self.ledger.total() / 3.6e6
         return {**told, **({"gave_up": True} if self.trainer.given_up else {})}
@@ -467,7 +427,32 @@ def pretrain(
     plan = make_plan(config, ranks.world_size)
     run_dir = Path(plan.output_dir)
     watchdog = Watchdog(ranks, ledger, run_dir, config.train.hang_minutes, launcher)
-    watchdog.start()
+    with watchdog.watching():
+        claim, status = _watched(
+            config, ranks, stop_flag, watchdog, ledger, console, device, resume, profile, max_prelude_seconds
+        )
+    distributed.barrier()  # a launcher that sees one rank end with 75 ends the others
+    distributed.shut_down()
+    if claim is not None:
+        claim.close()
+    return status
+
+
+def _watched(
+    config: Config,
+    ranks: distributed.Ranks,
+    stop_flag: distributed.StopFlag,
+    watchdog: Watchdog,
+    ledger: TimeLedger,
+    console: ConsoleProgress,
+    device: torch.device,
+    resume: str,
+    profile: str,
+    max_prelude_seconds: float,
+) -> tuple[IO[str] | None, Outcome]:
+    """What `pretrain` does while the watchdog looks on; returns the claim on the folder too."""
+    plan = make_plan(config, ranks.world_size)
+    run_dir = Path(plan.output_dir)
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
     opened = [corpora for corpora in (data.train, data.validation) if corpora is not None]
@@ -514,49 +499,4 @@ def pretrain(
     finally:
         console.close()
         _close(run, run_dir, ranks, status, follower)
-    watchdog.stop()
-    distributed.barrier()  # a launcher that sees one rank end with 75 ends the others
-    distributed.shut_down()
-    if claim is not None:
-        claim.close()
-    return status
-
-
-def dry_run(
-    config: Config,
-    ranks: distributed.Ranks,
-    stop_flag: distributed.StopFlag,
-    *,
-    profile: str,
-    started: float,
-    launcher: Launcher,
-) -> Outcome:
-    """Everything a run does, for two steps, in a folder that is removed after; shards it needs are prepared and kept."""
-    folder = Path(make_plan(config, ranks.world_size).output_dir + ".dry-run")
-    short = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"output_dir": str(folder)}),
-            "budget": config.budget.model_copy(update={"max_steps": 2}),
-            "log": config.log.model_copy(update={"mlflow_uri": None, "every_steps": 1}),
-            "train": config.train.model_copy(update={"yardsticks": False, "evaluate_samples": 64}),
-        }
-    )
-    if ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
-    try:
-        outcome = pretrain(
-            short,
-            ranks,
-            stop_flag,
-            resume="auto",
-            profile=profile,
-            started=started,
-            launcher=launcher,
-            max_prelude_seconds=DRY_PRELUDE_SECONDS,
-        )
-    finally:
-        if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-    if ranks.is_main and outcome == "finished":
-        print("dry run: two steps, evaluation, checkpoint and export went through; the run folder was removed")
-    return outcome
+    return claim, status

@@ -25,7 +25,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -231,12 +231,29 @@ class Watchdog:
         os.register_at_fork(after_in_child=self._forget)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around all that the ranks do together; all ranks enter it together. An exception leaves it as `explained` says."""
+        self.start()
+        try:
+            yield
+        except BaseException as error:
+            explained = self.explained(error)
+            if explained is error:
+                raise
+            raise explained from None
+        finally:
+            self.stop()
+
     def stop(self) -> None:
         """This rank ends in order."""
-        self._leave_word("done")
+        if not self._done.is_set():
+            self._leave_word("done")
 
     def explained(self, error: BaseException) -> BaseException:
         """What to raise instead: the loss of another rank, said by one, where that is what broke a collective."""
+        if self._done.is_set():
+            return error
         if isinstance(error, SparseltError | RunFailureError) or not isinstance(error, Exception):
             self._leave_word("done")
             return error
@@ -252,8 +269,6 @@ class Watchdog:
         self._done.set()
         for line in list(self._lines.values()):
             line.send(bye=how, rank=self._ranks.rank)
-        with contextlib.suppress(Exception):
-            faulthandler.cancel_dump_traceback_later()
 
     def _forget(self) -> None:
         """In a forked loader worker, which must not hold this rank's connections open after its death."""
@@ -265,6 +280,13 @@ class Watchdog:
     # ---- the watching thread
 
     def _watch(self) -> None:
+        try:
+            self._watch_until_done()
+        finally:
+            with contextlib.suppress(Exception):
+                faulthandler.cancel_dump_traceback_later()
+
+    def _watch_until_done(self) -> None:
         with selectors.DefaultSelector() as selector:
             if self._server is not None:
                 selector.register(self._server, selectors.EVENT_READ)
