@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 from sparselt_dist import distributed
 from sparselt_dist.config import Config

@@ -33,8 +33,8 @@ LAYERS: dict[int, str] = {
     3: """evaluation. trainer non_finite health preflight timekeeping step_sums profiling micro_batch_search run_folder closing
           comparison compare_report diagnosis utilisation typing_report""",
     # command lines, and the jobs that they start
-    4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start dry_run
-          shards typing""",
+    4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start
+          dry_run shards typing""",
 }
 
 # Library -> the only modules that may import it.
