@@ -39,7 +39,7 @@ LAYERS: dict[int, str] = {
 
 # Library -> the only modules that may import it.
 OWNERS: dict[str, str] = {
-    "deepspeed": "distributed trainer checkpoint engine_state launch run",
+    "deepspeed": "distributed trainer checkpoint engine_state launch run utilisation",
     "mlflow": "mlflow_sink comparison",
     "webdataset": "data.",
     "datasets": "data.",
