@@ -58,7 +58,7 @@ def is_over(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_noticed_at_once_and_named_once(shards: Path, tmp_path: Path, victim: int) -> None:
     folder = tmp_path / "run"
     with ranks_at_work(shards, folder) as processes:
@@ -85,6 +85,7 @@ def test_a_stopped_rank_is_named_with_its_phase_and_killed(shards: Path, tmp_pat
     assert "trainer.py" in traces
 
 
+@pytest.mark.slow
 def test_ranks_stop_when_their_launcher_is_killed(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-c", "from sparselt_dist.launch import main; import sys; sys.exit(main())"]
