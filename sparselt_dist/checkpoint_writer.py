@@ -160,6 +160,11 @@ class CheckpointWriter:
         assert self.newest is not None
         return self.newest
 
+    def close(self) -> None:
+        """No save comes after this; call it with none under way."""
+        self._threads.shutdown()
+        self.snapshot.release()
+
     # ---- on the training thread
 
     def _stage(self, final: Path, num_bytes: int) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from sparselt_dist.errors import SparseltError
+from sparselt_dist.errors import RunFailureError, SparseltError
 
 EXIT_DONE = 0
 EXIT_CRASH = 1
@@ -79,6 +79,10 @@ def run_command(function: Callable[[], int]) -> int:
         if not error.silent:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except RunFailureError as error:
+        if not error.silent:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CRASH
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

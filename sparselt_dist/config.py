@@ -175,6 +175,30 @@ class TrainSection(Section):
         description="end the run if its loss is above this after train.give_up_hours (cramming: 6); null: off",
     )
     give_up_hours: float = Field(3.0, gt=0, description="hours of the budget's clock until train.give_up_loss counts")
+    on_non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a loss or gradient that is NaN or infinite; skip: go on without that step's update; the batch is kept",
+    )
+    max_discarded_steps: int = Field(
+        5, ge=1, description="updates in a row that train.on_non_finite=skip may leave out; one more ends the run"
+    )
+    spike_sigmas: float | None = Field(
+        10.0,
+        gt=0,
+        description="a loss so many robust sigmas above the median of the last 128 steps is a spike; null: not looked for",
+    )
+    on_spike: Literal["warn", "rewind"] = Field(
+        "warn",
+        description="rewind: go back to the last checkpoint and leave the data of the spike out, before the update",
+    )
+    spike_steps: int = Field(
+        1, ge=1, description="steps, the spike's the last, whose data a rewind leaves out; none before the checkpoint"
+    )
+    hang_minutes: float | None = Field(
+        10.0,
+        gt=0,
+        description="a run in which no rank gets on for so long ends; six times that while it compiles or saves; null: off",
+    )
 
 
 class BudgetSection(Section):

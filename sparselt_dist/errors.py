@@ -25,3 +25,10 @@ class CheckpointError(SparseltError):
 
 class PluginError(SparseltError):
     """An objective plug-in cannot be found, imported or used."""
+
+
+class RunFailureError(RuntimeError):
+    """A run that cannot go on, for a reason that no configuration mends; one message, no traceback, exit code 1."""
+
+    silent = False
+    """Another rank says it."""

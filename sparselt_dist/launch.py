@@ -18,6 +18,7 @@ from pathlib import Path
 from sparselt_dist.extensions import prepare_launch
 from sparselt_dist.rank_report import REPORT_DIR_VARIABLE
 from sparselt_dist.supervisor import Supervisor
+from sparselt_dist.watchdog import LAUNCHER_VARIABLE, launcher_mark
 
 STOCK_HOSTFILE = "/job/hostfile"
 STOCK_PORT = 29500
@@ -138,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_launch(environment)
     report_dir = Path(tempfile.mkdtemp(prefix="sparselt_ranks_"))
     environment[REPORT_DIR_VARIABLE] = str(report_dir)
+    environment[LAUNCHER_VARIABLE] = launcher_mark()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *own, *rendezvous_arguments(own), *program]
     try:
         return Supervisor(command, environment, report_dir).run()

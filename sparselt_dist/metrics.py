@@ -101,6 +101,14 @@ class TimeLedger:
         self._turn()
         return dict(self._seconds)
 
+    def current(self) -> tuple[str, float]:
+        """The running phase and the seconds since it began or was last marked; other threads may ask."""
+        return self._stack[-1], max(self._clock() - self._mark, 0.0)
+
+    def mark(self) -> None:
+        """Say in the middle of a long phase that it goes on."""
+        self._turn()
+
     def total(self) -> float:
         """Wall-clock seconds up to now, earlier starts included."""
         return sum(self.seconds().values())

@@ -6,7 +6,9 @@ deepspeed --num_gpus 8 -m sparselt_dist.pretrain --config base run.name=first
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from typing import Any
 
 from sparselt_dist import cli, extensions, rank_log, rank_report
 from sparselt_dist.config_loading import dump, list_profiles, load_config
@@ -15,6 +17,7 @@ from sparselt_dist.errors import SparseltError
 from sparselt_dist.follower import resolve_store_uri
 from sparselt_dist.objectives.base import available
 from sparselt_dist.run_plan import make_plan
+from sparselt_dist.watchdog import Launcher
 
 STOPPED = 75
 
@@ -95,16 +98,20 @@ def _run(args: argparse.Namespace, started: float) -> int:
     extensions.prepare_environment()
     stop_flag = StopFlag()
     stop_flag.install()
+    launcher = Launcher(os.environ)
+    launcher.bind()
     rank_report.announce()
     if not args.dry_run:
         rank_log.start(ranks.rank)
-    from sparselt_dist.run import dry_run, pretrain
+    from sparselt_dist.dry_run import dry_run
+    from sparselt_dist.run import pretrain
 
     profile = ",".join(args.config) or "quickstart"
+    shared: dict[str, Any] = {"profile": profile, "started": started, "launcher": launcher}
     if args.dry_run:
-        outcome = dry_run(config, ranks, stop_flag, profile=profile, started=started)
+        outcome = dry_run(config, ranks, stop_flag, **shared)
     else:
-        outcome = pretrain(config, ranks, stop_flag, resume=args.resume, profile=profile, started=started)
+        outcome = pretrain(config, ranks, stop_flag, resume=args.resume, **shared)
     return STOPPED if outcome == "stopped" else cli.EXIT_DONE
 
 

@@ -2,91 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import math
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from sparselt_dist import checkpoint, distributed, engine_state, rank_log, run_folder
+from sparselt_dist import checkpoint, distributed, preflight, rank_log, run_folder
 from sparselt_dist.allocator import keep_freed_memory
 from sparselt_dist.closing import closing_text
 from sparselt_dist.config import Config
-from sparselt_dist.config_loading import objective_settings
 from sparselt_dist.data.loader import Loader
-from sparselt_dist.device import check_precision, watts_of
+from sparselt_dist.device import check_precision
+from sparselt_dist.engine_start import build_engine, restore_rank
+from sparselt_dist.errors import RunFailureError
 from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
+from sparselt_dist.health import Health
 from sparselt_dist.journal import Journal
-from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_flops, peak_memory_gib
+from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_memory_gib
 from sparselt_dist.micro_batch_search import find_fastest
-from sparselt_dist.models.assembly import build_collator, build_model
-from sparselt_dist.models.workload import workload
-from sparselt_dist.objectives import get_objective
+from sparselt_dist.models.assembly import build_collator
+from sparselt_dist.non_finite import NonFinite
 from sparselt_dist.objectives.base import PreludeStopped
-from sparselt_dist.objectives.cost import flops_per_token
-from sparselt_dist.optim import build_optimizer
 from sparselt_dist.prelude import begin, make_setting, prelude_metrics, prelude_summary
 from sparselt_dist.profiling import FOLDER as PROFILE_FOLDER
 from sparselt_dist.profiling import StepProfile
-from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
-from sparselt_dist.run_start import Data, Start, find_start, open_data, write_start
+from sparselt_dist.run_plan import RunPlan, make_plan
+from sparselt_dist.run_start import Data, Start, find_start, open_data, rewound, write_start
 from sparselt_dist.saving import Saving
+from sparselt_dist.spikes import RewindRun
 from sparselt_dist.trainer import Outcome, Trainer
+from sparselt_dist.utilisation import device_watts, row_length, utilisation
+from sparselt_dist.watchdog import Launcher, Watchdog
 
 if TYPE_CHECKING:
-    from sparselt_dist.data.corpora import Corpora
-    from sparselt_dist.models.backbone import PretrainingModel
+    pass
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
-DRY_PRELUDE_SECONDS = 5.0  # of an objective in a dry run
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
-
-
-def build_engine(
-    config: Config,
-    plan: RunPlan,
-    data: Data,
-    start: Start,
-    ranks: distributed.Ranks,
-    before: Callable[[torch.nn.Module], None],
-) -> DeepSpeedEngine:
-    """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint; `before` is handed a new objective."""
-    settings = distributed.agreed(ranks, lambda: resolve_deepspeed(config, plan))
-    model = distributed.agreed(ranks, lambda: _loaded_model(config, data, start.checkpoint))
-    if start.checkpoint is None:
-        before(model.objective)
-    if config.train.compile:
-        model.backbone.body.compile()
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, config.optim, encoder_lr_ratio=config.optim.encoder_lr_ratio),
-        config=settings,
-        dist_init_required=False,
-    )
-    if start.checkpoint is not None:
-        moments = checkpoint.TensorFiles.open(start.checkpoint, "moments")
-        meta = checkpoint.read_meta(start.checkpoint)
-        engine_state.restore_moments(engine, moments.read, meta["optimizer_steps"])
-        engine_state.restore_loss_scaler(engine, meta["loss_scaler"])
-        engine.global_steps = start.progress.step
-    return engine
-
-
-def _loaded_model(config: Config, data: Data, source: Path | None) -> PretrainingModel:
-    model = build_model(config, data.tokenizer)
-    if source is not None:
-        checkpoint.load_into(model, source)
-    return model
 
 
 def _settled(
@@ -103,49 +64,6 @@ def _settled(
         console.message(report)
     train = config.train.model_copy(update={"micro_batch_size": chosen})
     return config.model_copy(update={"train": train})
-
-
-def _restore_rank(start: Start, ranks: distributed.Ranks, seed: int) -> None:
-    """This rank's random state; after a change of the number of ranks a fresh one that follows from seed and step."""
-    torch.manual_seed(((seed * 1_000_003 + start.progress.step) * 65_537 + ranks.rank) % 2**63)
-    if start.checkpoint is None or checkpoint.read_meta(start.checkpoint)["world_size"] != ranks.world_size:
-        return
-    state = torch.load(start.checkpoint / f"rank_{ranks.rank:05d}.pt", weights_only=True)
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _utilisation(
-    config: Config, engine: DeepSpeedEngine, row_length: float, world_size: int
-) -> Callable[[float], float]:
-    """Targets a token to the MFU of one token a second: a token's FLOPs over the peak of all devices."""
-    given = config.log.peak_tflops
-    peak = given * 1e12 if given is not None else peak_flops(engine.device, config.train.precision)
-    objective, settings = get_objective(config.objective.name), objective_settings(config)
-    work = workload(
-        engine.module.backbone,
-        mean_length=row_length,
-        targets_per_token=0.0,
-        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
-        world_size=world_size,
-        accumulation_steps=engine.gradient_accumulation_steps(),
-    )
-
-    def utilisation(targets_per_token: float) -> float:
-        of_step = dataclasses.replace(work, targets_per_token=targets_per_token)
-        return flops_per_token(objective, settings, of_step) / (peak * world_size)
-
-    return utilisation
-
-
-def _device_watts(device: torch.device) -> float | None:
-    return None if device.type == "cpu" else watts_of(torch.cuda.get_device_name(device))
-
-
-def _row_length(corpora: Corpora) -> float:
-    """Tokens a row: what attention spans."""
-    return float(corpora.manifest.sequence_length or corpora.mean_length)
 
 
 class Run:
@@ -188,12 +106,15 @@ class Run:
             ranks,
             engine,
             progress=start.progress,
+            is_resumed=start.checkpoint is not None,
             ledger=ledger,
             manifest=data.train.manifest,
             prelude=start.prelude,
             journal=self.journal,
             say=self.complain,
         )
+        self.health = Health(ranks, engine.device, ledger, start.progress, console.message)
+        self.outcome: Outcome = "failed"
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
         self.trainer = Trainer(
             config,
@@ -210,6 +131,7 @@ class Run:
                 world_size=ranks.world_size,
                 num_workers=config.data.num_workers,
                 start_position=start.progress.position,
+                left_out=start.progress.left_out,
                 row_length=config.data.sequence_length,
                 prefetch=config.data.prefetch,
                 pin_memory=engine.device.type == "cuda",
@@ -224,8 +146,25 @@ class Run:
             on_complaint=self.complain,
             on_message=console.message,
             on_step=self.after_step,
-            utilisation=_utilisation(config, engine, _row_length(data.train), ranks.world_size),
+            on_non_finite=lambda progress: NonFinite(config, engine, ranks, progress, self.dir, console.message),
+            utilisation=utilisation(config, engine, row_length(data.train), ranks.world_size),
         )
+
+    def train_or_rewind(self) -> RewindRun | None:
+        """Train to the end of the budget or a stop, which is then `outcome`; or to a spike that is to be undone."""
+        try:
+            self.outcome = self.train()
+        except RewindRun as spike:
+            return spike.with_traceback(None)
+        return None
+
+    def give_up_engine(self) -> None:
+        """Free what a run that is taken up again at a checkpoint held."""
+        self.close(patience=FOLLOWER_SECONDS)
+        self.saving.close()
+        self.engine.destroy()
+        del self.trainer, self.saving, self.engine
+        gc.collect()
 
     def train(self) -> Outcome:
         """Train to the end of the budget or a stop, and finish."""
@@ -235,6 +174,7 @@ class Run:
             outcome = self.trainer.run()
         finally:
             self._tell(self.profile.finish(self.ledger.seconds()) if self.profile is not None else None)
+        self.health.look(self.trainer.progress, now=True)
         if outcome == "finished":
             self._finish()
         memory = torch.tensor([peak_memory_gib()], dtype=torch.float64, device=self.engine.device)
@@ -266,6 +206,7 @@ class Run:
             "data_manifest_sha256": self.data.train.manifest.sha256,
             "peak_memory_gib": self.peak_memory_gib,
             **self._budget_summary(),
+            **self.health.summary(),
             **prelude_summary(self.config, self.prelude, progress),
             **yardsticks,
         }
@@ -274,7 +215,7 @@ class Run:
         """The budget of the clock, where there is one; energy, where the device's power is known; a run that gave up."""
         limit = self.trainer.time.budget.max_seconds
         told: dict[str, Any] = {} if limit is None else {"budget_seconds": limit}
-        watts = self.config.log.device_watts or _device_watts(self.engine.device)
+        watts = self.config.log.device_watts or device_watts(self.engine.device)
         if watts is not None:  # of the devices alone, as under load all the time
             told["energy_kwh"] = watts * self.ranks.world_size * self.ledger.total() / 3.6e6
         return {**told, **({"gave_up": True} if self.trainer.given_up else {})}
@@ -310,8 +251,9 @@ class Run:
         )
 
     def after_step(self) -> None:
-        """Count a step for this rank's log and for the profile."""
+        """Count a step for this rank's log and for the profile; compare the ranks now and then."""
         rank_log.at_step(self.trainer.progress.step)
+        self.health.look(self.trainer.progress)
         if self.profile is not None:
             self._tell(self.profile.after_step(self.trainer.progress.step, self.ledger.seconds()))
 
@@ -396,6 +338,7 @@ def pretrain(
     resume: str,
     profile: str,
     started: float,
+    launcher: Launcher,
     max_prelude_seconds: float = math.inf,
 ) -> Outcome:
     """Run from configuration to finished folder; all ranks call it. Returns how the run ended.
@@ -404,6 +347,7 @@ def pretrain(
 
     Raises:
         SparseltError: configuration, data or checkpoint at fault.
+        RunFailureError: a loss or gradient that is no number; another rank died or hangs.
     """
     ledger = TimeLedger(start=started)
     console = ConsoleProgress(rank=ranks.rank, total_steps=config.budget.max_steps)
@@ -413,8 +357,37 @@ def pretrain(
         keep_freed_memory()
     plan = make_plan(config, ranks.world_size)
     run_dir = Path(plan.output_dir)
+    watchdog = Watchdog(ranks, ledger, run_dir, config.train.hang_minutes, launcher)
+    with watchdog.watching():
+        claim, status = _watched(
+            config, ranks, stop_flag, watchdog, ledger, console, device, resume, profile, max_prelude_seconds
+        )
+    distributed.barrier()  # a launcher that sees one rank end with 75 ends the others
+    distributed.shut_down()
+    if claim is not None:
+        claim.close()
+    return status
+
+
+def _watched(
+    config: Config,
+    ranks: distributed.Ranks,
+    stop_flag: distributed.StopFlag,
+    watchdog: Watchdog,
+    ledger: TimeLedger,
+    console: ConsoleProgress,
+    device: torch.device,
+    resume: str,
+    profile: str,
+    max_prelude_seconds: float,
+) -> tuple[IO[str] | None, Outcome]:
+    """What `pretrain` does while the watchdog looks on; returns the claim on the folder too."""
+    plan = make_plan(config, ranks.world_size)
+    run_dir = Path(plan.output_dir)
     data = open_data(config, ranks)
     start = find_start(config, data, plan, ranks, resume, console)
+    opened = [corpora for corpora in (data.train, data.validation) if corpora is not None]
+    preflight.check(config, run_dir, opened, ranks, device, console.message)
     config = _settled(config, data, start, ranks, device, console)
     plan = make_plan(config, ranks.world_size)
     claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
@@ -426,7 +399,8 @@ def pretrain(
     status: Outcome = "failed"
     run: Run | None = None
     setting = make_setting(config, data.train, data.tokenizer, device, max_prelude_seconds)
-    try:
+
+    def begun(start: Start) -> Run:
         engine = build_engine(
             config,
             plan,
@@ -435,51 +409,27 @@ def pretrain(
             ranks,
             lambda objective: begin(objective, start, setting, ranks, stop_flag, ledger),
         )
-        _restore_rank(start, ranks, config.run.seed)
+        restore_rank(start, ranks, config.run.seed)
         run = Run(config, plan, data, ranks, engine, start, stop_flag, console, ledger)
-        status = run.train()
+        watchdog.step = lambda: start.progress.step  # the run's own, which outlives its engine
+        return run
+
+    watchdog.at_worst = lambda: _close(run, run_dir, ranks, "failed", follower)
+    try:
+        run = begun(start)
+        while (spike := run.train_or_rewind()) is not None:
+            since, before = time.monotonic(), run.trainer.progress
+            run.give_up_engine()
+            run = None
+            run = begun(rewound(config, data, plan, ranks, before, spike, console))
+            run.trainer.progress.seconds += time.monotonic() - since
+        status = run.outcome
     except PreludeStopped:
         status = "stopped"
         console.message("stopped before the first step; the same command begins anew")
+    except Exception as error:
+        raise watchdog.explained(error) from None if isinstance(error, RunFailureError) else error
     finally:
         console.close()
         _close(run, run_dir, ranks, status, follower)
-    distributed.barrier()  # a launcher that sees one rank end with 75 ends the others
-    distributed.shut_down()
-    if claim is not None:
-        claim.close()
-    return status
-
-
-def dry_run(
-    config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag, *, profile: str, started: float
-) -> Outcome:
-    """Everything a run does, for two steps, in a folder that is removed after; shards it needs are prepared and kept."""
-    folder = Path(make_plan(config, ranks.world_size).output_dir + ".dry-run")
-    short = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"output_dir": str(folder)}),
-            "budget": config.budget.model_copy(update={"max_steps": 2}),
-            "log": config.log.model_copy(update={"mlflow_uri": None, "every_steps": 1}),
-            "checkpoint": config.checkpoint.model_copy(update={"upload": None}),
-            "train": config.train.model_copy(update={"yardsticks": False, "evaluate_samples": 64}),
-        }
-    )
-    if ranks.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of a dry run that was killed
-    try:
-        outcome = pretrain(
-            short,
-            ranks,
-            stop_flag,
-            resume="auto",
-            profile=profile,
-            started=started,
-            max_prelude_seconds=DRY_PRELUDE_SECONDS,
-        )
-    finally:
-        if ranks.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-    if ranks.is_main and outcome == "finished":
-        print("dry run: two steps, evaluation, checkpoint and export went through; the run folder was removed")
-    return outcome
+    return claim, status

@@ -20,6 +20,7 @@ from sparselt_dist.journal import Journal, replace_file
 from sparselt_dist.metrics import ConsoleProgress
 from sparselt_dist.objectives.base import PreludeReport
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
+from sparselt_dist.spikes import RewindRun, merged, read_left_out, write_left_out
 from sparselt_dist.timekeeping import Progress
 
 if TYPE_CHECKING:
@@ -107,12 +108,42 @@ def find_start(
     meta = distributed.agreed(ranks, lambda: _matching_meta(found, config, data))
     console.message(f"continuing from {found} at step {meta['step']}")
     prelude = meta.get("prelude")
+    progress = Progress.from_dict(meta["progress"])
+    noted = distributed.on_main(ranks, lambda: read_left_out(run_dir, progress.position))
+    progress.left_out = merged([*progress.left_out, *noted])
     return Start(
         found,
-        Progress.from_dict(meta["progress"]),
+        progress,
         meta["ledger_seconds"],
         None if prelude is None else PreludeReport(**prelude),
     )
+
+
+def rewound(
+    config: Config,
+    data: Data,
+    plan: RunPlan,
+    ranks: distributed.Ranks,
+    before: Progress,
+    spike: RewindRun,
+    console: ConsoleProgress,
+) -> Start:
+    """The start that a spike leads back to: the last checkpoint, without the spike's data; the clock goes on."""
+    run_dir, left_out = Path(plan.output_dir), merged([*before.left_out, spike.positions])
+    distributed.on_main(ranks, lambda: write_left_out(run_dir, left_out))
+    begin, end = spike.positions
+    console.message(f"{spike}; back to the last checkpoint, {end - begin} samples are left out")
+    start = find_start(config, data, plan, ranks, "must", console)
+    start.progress.left_out = merged([*start.progress.left_out, *left_out])
+    start.progress.seconds, start.progress.pace = before.seconds, before.pace
+    distributed.on_main(ranks, lambda: _cut_back(run_dir, start.progress.step))
+    return start
+
+
+def _cut_back(run_dir: Path, step: int) -> None:
+    journal = Journal(run_dir)
+    journal.cut_back(step)
+    journal.close()
 
 
 def _matching_meta(found: Path, config: Config, data: Data) -> dict[str, Any]:
@@ -174,6 +205,4 @@ def write_start(
         raise CheckpointError(
             f"run.output_dir: {run_dir} cannot be written ({error}); free space or choose another"
         ) from None
-    journal = Journal(run_dir)
-    journal.cut_back(step)
-    journal.close()
+    _cut_back(run_dir, step)

@@ -15,6 +15,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparselt_dist import committing, distributed, engine_state
+from sparselt_dist.checkpoint import step_of
 from sparselt_dist.checkpoint_writer import CheckpointWriter, Contents
 from sparselt_dist.committing import Retention
 from sparselt_dist.config import Config
@@ -45,6 +46,7 @@ class Saving:
         engine: DeepSpeedEngine,
         *,
         progress: Progress,
+        is_resumed: bool,
         ledger: TimeLedger,
         manifest: Manifest,
         prelude: PreludeReport | None,
@@ -74,6 +76,8 @@ class Saving:
         )
         self.all_written = True  # what ranks have agreed on
         self._told = 0  # failures that the journal has
+        self._resumed_position = progress.position if is_resumed else None
+        self._positions: dict[int, int] = {}  # in the stream, by step saved
 
     @property
     def is_written(self) -> bool:
@@ -100,6 +104,7 @@ class Saving:
             CheckpointError: on all ranks alike, a save that must be cannot be.
         """
         contents = self._contents()
+        self._positions[contents.step] = self.progress.position
         if must:
             self.writer.finish(contents)
         else:
@@ -117,6 +122,14 @@ class Saving:
         """Wait for the save under way; all ranks together."""
         with self.ledger.phase("checkpoint"):
             self.writer.settle()
+
+    def saved_position(self) -> int | None:
+        """Where in the stream the last committed checkpoint is, once the save under way is through; None without any.
+
+        All ranks call it together.
+        """
+        self.settle()
+        return self._resumed_position if self.newest is None else self._positions[step_of(self.newest)]
 
     @contextlib.contextmanager
     def settled_first(self) -> Iterator[None]:
@@ -137,6 +150,10 @@ class Saving:
     def finish_uploads(self, timeout_seconds: float | None) -> bool:
         """Wait for copies to object storage; whether none is left."""
         return self.uploader is None or self.uploader.wait(timeout_seconds)
+
+    def close(self) -> None:
+        """Give back what saves keep in memory; after `settle`."""
+        self.writer.close()
 
     def probe(self) -> float:
         """What a save takes, judged by writing some bytes where it will write its share."""

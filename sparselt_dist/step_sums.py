@@ -20,6 +20,7 @@ class Sums:
     """Running (sum, count) of each metric of a step, on this rank."""
 
     values: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    losses: list[torch.Tensor] = field(default_factory=list)  # of each micro-batch, its parts added up
 
     def add(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         old = self.values.get(name)
@@ -28,7 +29,9 @@ class Sums:
 
     def add_output(self, output: LossOutput | SplitLossOutput, batch: Batch) -> None:
         """Each part of the loss weighted by its own count in the batch, and every term of the objective."""
-        for key, part in loss_terms(output).items():
+        parts = loss_terms(output)
+        self.losses.append(sum(part.detach() for part in parts.values()))  # type: ignore[arg-type]
+        for key, part in parts.items():
             count = batch[key].to(part.device)
             self.add(f"loss/{key}", part * count, count)
         for name, (total, count) in output.metrics.items():
@@ -48,10 +51,14 @@ class Sums:
         # a loss of several denominators is no mean over one of them, so the objective's own total is replaced
         return {**means, "loss": sum(parts), "term/loss": sum(parts)}
 
-    def loss_is_finite(self) -> bool:
-        """Whether every part of the loss is, on this rank."""
-        parts = [total for name, (total, _) in self.values.items() if name.startswith("loss/")]
-        return bool(torch.isfinite(torch.stack(parts)).all())
+    def share(self, counts: dict[str, int]) -> float:
+        """This rank's part of the step's loss, where `counts` are those of all ranks: the parts add up to it."""
+        named = ((name.removeprefix("loss/"), pair) for name, pair in self.values.items() if name.startswith("loss/"))
+        return float(torch.stack([total / max(counts[key], 1) for key, (total, _) in named]).sum())
+
+    def bad_losses(self) -> list[int]:
+        """Numbers of the micro-batches whose loss is NaN or infinite."""
+        return [number for number, loss in enumerate(self.losses) if not bool(torch.isfinite(loss).all())]
 
 
 class Drawn(NamedTuple):

@@ -33,6 +33,10 @@ class Progress:
     prelude_seconds: float = 0.0  # of the objective's prelude, before the first step
     pace: Pace = field(default_factory=Pace)  # by rank 0's clock
     landed_seconds: float = 0.0  # the budget whose last step was taken
+    discarded: int = 0  # steps without an update, for their loss or gradient was no number
+    discarded_in_a_row: int = 0
+    losses: list[float] = field(default_factory=list)  # of late, by which a spike is known
+    left_out: list[list[int]] = field(default_factory=list)  # positions [from, to) of the stream, after spikes
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "pace": self.pace._asdict()}
@@ -81,11 +85,11 @@ class Timekeeper:
         self.plan()
 
     def agree(self, votes: list[float]) -> list[float]:
-        """The minimum of the votes over ranks; with them goes what rank 0's clock says."""
+        """The sum of the votes over ranks; with them goes what rank 0's clock says."""
         assert self._run_clock is not None
-        clock = [self._run_clock.seconds(), *self.pace] if self.ranks.is_main else [np.inf] * (1 + len(self.pace))
+        clock = [self._run_clock.seconds(), *self.pace] if self.ranks.is_main else [0.0] * (1 + len(self.pace))
         numbers = torch.tensor([*votes, *clock], dtype=torch.float64).to(self.device)
-        agreed: list[float] = distributed.reduce_min(numbers).tolist()
+        agreed: list[float] = distributed.reduce_sum(numbers).tolist()
         self.progress.seconds = agreed[len(votes)]
         self.progress.pace = Pace(*agreed[len(votes) + 1 :])
         return agreed[: len(votes)]

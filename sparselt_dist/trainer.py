@@ -2,12 +2,13 @@
 
 A step draws its micro-batches, agrees on their targets in ONE sum over ranks, weighs every micro-batch by its share of
 all targets (so the update does not depend on ranks, accumulation or ZeRO stage), and before the optimizer moves
-agrees in ONE minimum that the loss is finite everywhere, whether to stop, and on rank 0's clock. All decisions follow
-from agreed numbers, so all ranks take them alike.
+agrees in ONE sum on the loss, whether to stop, and rank 0's clock. All decisions follow from agreed numbers, so all
+ranks take them alike.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation
 from sparselt_dist.drawing import StepDraw
 from sparselt_dist.landing import TRAINING_OVER_FORWARD, NextStep
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
+from sparselt_dist.non_finite import GuardedStep, NonFinite
 from sparselt_dist.objectives.base import SharesStatistics, loss_terms
 from sparselt_dist.saving import Saving
+from sparselt_dist.spikes import SpikeWatch, advanced
 from sparselt_dist.step_sums import Drawn, Sums
 from sparselt_dist.timekeeping import Progress, Timekeeper
 
@@ -34,10 +37,6 @@ if TYPE_CHECKING:
     from sparselt_dist.objectives.base import Collator, LossOutput, SplitLossOutput
 
 Outcome = Literal["finished", "stopped", "failed"]
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss was NaN or infinite; no update was made from it."""
 
 
 @dataclass
@@ -49,6 +48,7 @@ class StepResult:
     lr: float
     grad_norm: float | None
     stop: bool
+    is_discarded: bool  # no update was made
 
 
 class Trainer:
@@ -72,6 +72,7 @@ class Trainer:
         on_complaint: Callable[[str], None],
         on_message: Callable[[str], None],
         on_step: Callable[[], None],
+        on_non_finite: Callable[[Progress], NonFinite],
         utilisation: Callable[[float], float],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,6 +91,9 @@ class Trainer:
         self.on_complaint = on_complaint  # of this rank
         self.on_message = on_message
         self.on_step = on_step  # after a step and all that followed it
+        self.non_finite = on_non_finite(progress)
+        self.spikes = SpikeWatch(config.train, progress.losses, len(progress.left_out))
+        self.guarded = GuardedStep(engine, config.optim.clip_norm)
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
         self.device = engine.device
@@ -235,12 +239,6 @@ class Trainer:
             micro_step=self.time.pace.micro_step or TRAINING_OVER_FORWARD * seconds * min(stride, timed) / timed,
         )
 
-    def _line_may_be_due(self, step: int) -> bool:
-        """Whether the journal gets a line for a step, as far as it can be known before its end."""
-        every = (self.config.log.every_steps, self.config.train.evaluate_every_steps)
-        last = self.config.budget.max_steps == step or self.stop_flag.is_set
-        return last or self.config.log.batch_digest or any(number and step % number == 0 for number in every)
-
     # ---------------------------------------------------------------- one step
 
     def _train_step(self, step: NextStep) -> StepResult:
@@ -257,28 +255,25 @@ class Trainer:
         for number, micro_batch in enumerate(drawn):
             last = number == len(drawn) - 1
             self._forward_backward(micro_batch.batch, total.counts, sums, last)
-        stop = self._agree_before_update(sums, started, step.micro_steps)
+        end = advanced(self.progress.position, batch_size, self.progress.left_out)
+        loss, stop = self._agree_before_update(sums.share(total.counts), started, step.micro_steps)
+        if loss is not None:
+            place = (self.progress.step + 1, self.progress.position, end)
+            self._say(self.spikes.look(loss, *place, self.saving.saved_position))
         passed = self.clock()
         with self.ledger.phase("optimizer"):
-            norm = self._own_gradient_norm()
-            self.engine.step()
+            update = self.guarded.drop() if loss is None else self.guarded.take()
+        if not update.is_made:
+            self._discard("loss" if loss is None else "gradient", drawn, sums)
+        else:
+            self.progress.discarded_in_a_row = 0
         self.progress.step += 1
         self.progress.tokens += total.counts["num_tokens"]
         self.progress.skipped += total.skipped
-        self.progress.position += batch_size
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
+        self.progress.position = end
         self.time.plan()
         self.time.pace = self.time.pace.after_update(self.clock() - passed + self.log_seconds)
-        return StepResult(sums, total, lr, None if norm is None else float(norm), stop)
-
-    def _own_gradient_norm(self) -> torch.Tensor | None:
-        """The norm before clipping where DeepSpeed keeps none (no ZeRO); only for a step that is logged."""
-        if self.engine.zero_optimization_stage() > 0 or not self._line_may_be_due(self.progress.step + 1):
-            return None
-        scaler = self.engine.torch_autocast_z0_gradscaler
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) / (scaler.get_scale() if scaler is not None else 1.0)
+        return StepResult(sums, total, lr, update.norm, stop, not update.is_made)
 
     def _set_rate(self, fraction: float) -> float:
         schedule = self.config.schedule
@@ -322,39 +317,24 @@ class Trainer:
             ]
             self.engine.backward(torch.stack(weighed).sum(), scale_wrt_gas=False)
 
-    def _agree_before_update(self, sums: Sums, started: float, micro_steps: int) -> bool:
-        """All losses finite, any rank asked to stop, saves written, rank 0's clock and pace: the one minimum over ranks.
+    def _agree_before_update(self, own_loss: float, started: float, micro_steps: int) -> tuple[float | None, bool]:
+        """The loss of all ranks, any rank asked to stop, saves written, rank 0's clock and pace: the one sum of these.
 
-        Returns whether to stop.
-
-        Raises:
-            NonFiniteLossError: on all ranks alike, before the optimizer moves.
+        Returns the loss, None if it is not finite on any rank, and whether to stop.
         """
         with self.ledger.phase("communication"):
-            finite = sums.loss_is_finite()
             if not (self.is_first_step and self.config.train.compile):  # which is no pace
                 self.time.pace = self.time.pace.after_pass(self.clock() - started, micro_steps)
-            votes = [float(finite), -float(self.stop_flag.is_set), float(self.saving.is_written)]
-            all_finite, stop, written = self.time.agree(votes)
-        if not all_finite:
-            self._raise_non_finite(finite)
-        self.saving.all_written = written > 0
-        return stop < 0
+            votes = [own_loss, float(self.stop_flag.is_set), float(not self.saving.is_written)]
+            loss, stops, unwritten = self.time.agree(votes)
+        self.saving.all_written = unwritten == 0
+        return (loss if math.isfinite(loss) else None), stops > 0
 
-    def _raise_non_finite(self, own_is_finite: bool) -> None:
-        self.saving.settle()
-        reports = distributed.gather_objects(None if own_is_finite else self._sample_keys(), self.ranks)
-        rank, keys = next((rank, keys) for rank, keys in enumerate(reports) if keys is not None)
-        raise NonFiniteLossError(
-            f"step {self.progress.step}: the loss on rank {rank} is not finite; its samples are {', '.join(keys[:8])}"
-            f"{' ...' if len(keys) > 8 else ''}. No update was made. Lower optim.peak_lr, or look at the samples with "
-            "`sparselt shards inspect`"
-        )
-
-    def _sample_keys(self) -> list[str]:
-        """Keys of this rank's samples in the step under way."""
-        micro_steps = self.time.next_step.micro_steps if self.time.next_step is not None else 0
-        return self.loader.keys(self.progress.position, micro_steps * self.micro_batch_size)
+    def _discard(self, kind: Literal["loss", "gradient"], drawn: list[MicroBatch], sums: Sums) -> None:
+        """No update was made of this step: what the user wants then. Raises NonFiniteError on all ranks alike."""
+        keys = self.loader.keys(self.progress.position, len(drawn) * self.micro_batch_size)
+        with self.ledger.phase("other"), self.saving.settled_first():
+            self.non_finite.meet(kind, [made.batch for made in drawn], sums.bad_losses(), keys)
 
     # ---------------------------------------------------------------- after a step
 
@@ -385,6 +365,7 @@ class Trainer:
                 row_length=self.config.data.sequence_length,
             ):
                 sums.add_output(self.engine(_to_device(batch, self.device)), batch)
+                self.ledger.mark()
             means = sums.means(self.device)
         self.engine.train()
         return means
@@ -423,6 +404,12 @@ class Trainer:
         line.update(self.saving.news())
         if self.config.data.on_bad_shard == "skip":
             line["progress/skipped_samples"] = self.progress.skipped
+        if self.progress.discarded:
+            line["progress/discarded_steps"] = self.progress.discarded
+        if self.progress.left_out:
+            line["progress/left_out_samples"] = sum(end - begin for begin, end in self.progress.left_out)
+        if result.is_discarded:
+            return {key: value for key, value in line.items() if not isinstance(value, float) or math.isfinite(value)}
         return line
 
     def log(self, line: dict[str, Any], *, more_to_come: bool = False) -> None:

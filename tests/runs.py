@@ -106,17 +106,20 @@ def run_ranks(
     flags: tuple[str, ...] = (),
     timeout: float = 240,
     fresh: bool = False,
+    fault: str = "",
 ) -> Finished:
     """Start `ranks` processes of pretrain as a launcher would, and wait for all of them.
 
-    `fresh`: each in an interpreter of its own, from its start to its teardown, which takes seconds longer.
+    `fresh`: each in an interpreter of its own, from its start to its teardown, which takes seconds longer. `fault`: what is
+    planted in a rank, as `fault_rank.py` has it.
     """
     arguments = [*flags, *pretrain_arguments(shards, folder, *overrides)]
     port, deadline = free_port(), time.monotonic() + timeout
+    planted = {"SPARSELT_TESTS_FAULT": fault} if fault else {}
     with tempfile.TemporaryDirectory() as scratch:
         outputs = [Path(scratch, str(rank)) for rank in range(ranks)]
         processes = [
-            start_rank(arguments, rank_environment(rank, ranks, port), output, fresh=fresh)
+            start_rank(arguments, rank_environment(rank, ranks, port) | planted, output, fresh=fresh)
             for rank, output in enumerate(outputs)
         ]
         try:

@@ -60,6 +60,11 @@ def _be_rank(arguments: Sequence[str], environment: Mapping[str, str], output: s
         os.execve(sys.executable, [sys.executable, "-m", "sparselt_dist.pretrain", *arguments], dict(environment))
     from sparselt_dist import cli, pretrain
 
+    if "SPARSELT_TESTS_FAULT" in environment:
+        import fault_rank
+
+        fault_rank.plant()
+
     def command() -> int:
         started = time.monotonic()
         code = pretrain.main(list(arguments))

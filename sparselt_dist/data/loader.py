@@ -28,6 +28,7 @@ from sparselt_dist.data.mixing import StreamOrder
 from sparselt_dist.data.randomness import combine, mix64, purpose_key, sample_seed
 from sparselt_dist.errors import DataError, SparseltError
 from sparselt_dist.objectives.base import Collator
+from sparselt_dist.spikes import Ranges, drawn_between, shifted
 
 _PLANNED_POSITIONS = 2048  # positions whose order is computed at a time: permuting 2048 costs little more than 32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -101,6 +102,7 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         rank: int,
         world_size: int,
         start_position: int,
+        left_out: Ranges,
     ) -> None:
         self.corpora = corpora
         self._collator = collator
@@ -110,6 +112,7 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         self._micro = micro_batch_size
         self._stride = micro_batch_size * world_size
         self._start_position = start_position
+        self._left_out = left_out
         self._first = start_position + rank * micro_batch_size
         self._per_plan = max(1, _PLANNED_POSITIONS // micro_batch_size)
         self._plan: _Plan | None = None
@@ -126,6 +129,7 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
         if self._plan is None or self._plan.block != block:
             steps = np.arange(block * self._per_plan, (block + 1) * self._per_plan)
             positions = self._first + steps[:, None] * self._stride + np.arange(self._micro)[None, :]
+            positions = shifted(positions, self._start_position, self._left_out)
             if self.corpora.is_remote:
                 self.corpora.prefetch(self._order.shards_ahead(int(positions[0, 0])))
             epochs, samples = self._order.samples(positions.ravel())
@@ -136,7 +140,7 @@ class _MicroSteps(Dataset["_Made | _Failure"]):
 
     def keys(self, position: int, count: int) -> list[str]:
         """Keys of this rank's first `count` samples from the global step that begins at `position` of the stream."""
-        micro_step = (position - self._start_position) // self._stride
+        micro_step = drawn_between(self._start_position, position, self._left_out) // self._stride
         steps = range(micro_step, micro_step - (-count // self._micro))
         samples = np.concatenate([self.planned(step)[2] for step in steps])
         return self.corpora.keys(samples[:count])
@@ -220,6 +224,7 @@ class Loader:
         prefetch: micro-batches that a worker keeps ready.
         start_position: samples of the stream that were consumed before, over all ranks.
         pin_memory: page-locked batches, for asynchronous copies to an accelerator.
+        left_out: positions [from, to) that are jumped over, after loss spikes.
     """
 
     def __init__(
@@ -237,6 +242,7 @@ class Loader:
         row_length: int | None = None,
         prefetch: int = 4,
         pin_memory: bool = False,
+        left_out: Ranges = (),
     ) -> None:
         self._steps = _MicroSteps(
             corpora,
@@ -248,6 +254,7 @@ class Loader:
             rank=rank,
             world_size=world_size,
             start_position=start_position,
+            left_out=left_out,
         )
         self._num_workers = num_workers
         self._prefetch = prefetch

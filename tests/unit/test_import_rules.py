@@ -24,22 +24,22 @@ LAYERS: dict[int, str] = {
     0: "errors config config_layers config_checks architectures budget ds_config run_plan objectives.settings",
     # parts that know neither a model nor an objective
     1: """allocator config_loading device distributed expected_curve extensions follower journal landing metrics planning
-          rank_log rank_report remote_ranks supervisor
+          rank_log rank_report remote_ranks supervisor spikes watchdog
           data.
           objectives objectives.base objectives.cost""",
     # models, objectives, and what is written and read of them
     2: "models. objectives. optim checkpoint checkpoint_writer committing engine_state snapshot uploading mlflow_sink",
     # what is done with them
-    3: """evaluation. trainer saving timekeeping drawing step_sums compile_check profiling micro_batch_search run_folder
-          closing comparison compare_report diagnosis typing_report""",
+    3: """evaluation. trainer saving non_finite health preflight timekeeping drawing step_sums compile_check profiling
+          micro_batch_search run_folder closing comparison compare_report diagnosis utilisation typing_report""",
     # command lines, and the jobs that they start
     4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start
-          shards typing""",
+          dry_run engine_start shards typing""",
 }
 
 # Library -> the only modules that may import it.
 OWNERS: dict[str, str] = {
-    "deepspeed": "distributed trainer checkpoint engine_state saving launch run",
+    "deepspeed": "distributed trainer checkpoint engine_state saving launch run engine_start utilisation",
     "mlflow": "mlflow_sink comparison",
     "webdataset": "data.",
     "datasets": "data.",

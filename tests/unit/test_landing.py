@@ -17,7 +17,7 @@ from sparselt_dist.timekeeping import Progress, Timekeeper
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "reduce_min", lambda values: values)
+    monkeypatch.setattr(distributed, "reduce_sum", lambda values: values)
 
 
 @dataclass

@@ -1,0 +1,463 @@
+"""A rank that died or hangs is noticed by all others, and the job ends with one message and no process left.
+
+Each rank has a thread that tells rank 0 once a second where the rank is: step, phase of the time ledger, and how long it has
+been there, so that the training thread pays nothing. A rank whose connection breaks without a farewell has died: noticed at
+once. A run in which no rank gets on, or a rank that says nothing, for `train.hang_minutes` hangs: every rank leaves its stack
+traces in `hang/`, rank 0 says who is behind, and all end with code 1; what cannot end itself is killed on its machine.
+
+A rank whose launcher is gone is asked to stop, as by SIGTERM, and ends after a grace period. Phases in which some ranks wait for
+one without a bound (before the first step, yardsticks, export) are watched for deaths only. Connections are greeted with a
+random word that only the ranks know; what travels is JSON. Free of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import re
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparselt_dist import distributed, rank_report
+from sparselt_dist.errors import RunFailureError, SparseltError
+from sparselt_dist.follower import process_birth
+from sparselt_dist.metrics import TimeLedger
+
+LAUNCHER_VARIABLE = "SPARSELT_LAUNCHER"  # host:pid:birth of the `deepspeed` command
+FOLDER = "hang"
+EXIT_CODE = 1
+BEAT_SECONDS = 1.0
+RANKS_A_SECOND = 256  # more ranks report less often, for rank 0's sake
+PATIENCE = 6  # times the limit, in phases that take long as one
+PATIENT = frozenset({"compile", "checkpoint"})
+UNBOUNDED = frozenset({"other", "prelude", "yardsticks", "export"})
+VERDICT_SECONDS = 5.0  # how long a rank whose collective failed waits to hear why
+LEAVE_SECONDS = 20.0  # how long a training thread has to end by itself after a death
+ORPHAN_SECONDS = 60.0  # how long a rank without its launcher has to save
+_SHOWN_RANKS = 16
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh", "tmux: server", "screen", "systemd"})
+_COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|store|broken pipe|timed? ?out", re.IGNORECASE)
+_PR_SET_PDEATHSIG = 1
+
+
+class LostRankError(RunFailureError):
+    """Another rank died, ended or hangs."""
+
+
+class Report(NamedTuple):
+    """Where a rank was when it last said so."""
+
+    step: int
+    phase: str
+    age: float  # seconds in that phase, by the rank
+    silent: float  # seconds since it said so
+
+
+# ---- the verdict ---------------------------------------------------------------------------------------------------
+
+
+def hung_ranks(reports: Mapping[int, Report], limit: float) -> list[int]:
+    """The ranks that hold up a run in which nobody gets on; none where all is well.
+
+    `limit`: seconds. A rank that says nothing for so long hangs, whatever its phase. Else all must be late, for those
+    who wait for one that is still at work are late and sound; of them the one is behind that moved last the longest ago.
+    """
+    silent = [rank for rank, report in reports.items() if report.silent > limit]
+    if silent or not reports:
+        return silent
+    if not all(_is_late(report, limit) for report in reports.values()):
+        return []
+    first = min(report.step for report in reports.values())
+    behind = {rank: report for rank, report in reports.items() if report.step == first}
+    at_work = {rank: report for rank, report in behind.items() if report.phase != "communication"} or behind
+    return [max(at_work, key=lambda rank: at_work[rank].age + at_work[rank].silent)]
+
+
+def _is_late(report: Report, limit: float) -> bool:
+    if report.phase in UNBOUNDED:
+        return False
+    return report.age + report.silent > limit * (PATIENCE if report.phase in PATIENT else 1)
+
+
+def _described(rank: int, report: Report, peer: Mapping[str, Any]) -> str:
+    where = f"rank {rank} on {peer.get('host', '?')} (pid {peer.get('pid', '?')}{_process_state(peer)})"
+    silence = f", silent for {report.silent:.0f} s" if report.silent > 3 * BEAT_SECONDS else ""
+    return f"{where}: step {report.step}, {report.phase} for {report.age + report.silent:.0f} s{silence}"
+
+
+def _process_state(peer: Mapping[str, Any]) -> str:
+    """What the kernel says of a process of this machine that does not run."""
+    if peer.get("host") != socket.gethostname():
+        return ""
+    with contextlib.suppress(OSError, IndexError):
+        letter = Path(f"/proc/{peer['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        return {"T": ", stopped by a signal", "D": ", waiting for a disk", "Z": ", ended"}.get(letter, "")
+    return ""
+
+
+def hang_message(behind: list[int], reports: Mapping[int, Report], peers: Mapping[int, Any], minutes: float) -> str:
+    """What rank 0 says of a run that hangs."""
+    others = [rank for rank in sorted(reports) if rank not in behind][:_SHOWN_RANKS]
+    lines = [
+        f"the run hangs: nothing got on for {minutes:g} minutes (train.hang_minutes)",
+        *(f"  behind: {_described(rank, reports[rank], peers.get(rank, {}))}" for rank in behind[:_SHOWN_RANKS]),
+        *(f"  waits:  {_described(rank, reports[rank], peers.get(rank, {}))}" for rank in others),
+    ]
+    return "\n".join(lines)
+
+
+# ---- the launcher --------------------------------------------------------------------------------------------------
+
+
+def launcher_mark() -> str:
+    """For the environment of ranks: which process is their launcher, where."""
+    return f"{socket.gethostname()}:{os.getpid()}:{process_birth(os.getpid())}"
+
+
+class Launcher:
+    """The processes whose end is meant for this rank too: its parent, unless a shell, and the `deepspeed` command."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._parent = os.getppid() if "RANK" in environment and not _is_shell(os.getppid()) else None
+        host, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
+        pid, _, birth = process.partition(":")
+        self._command = (int(pid), birth) if host == socket.gethostname() and pid.isdigit() else None
+
+    def bind(self) -> None:
+        """Have the kernel send SIGTERM when the parent ends (Linux); at once if it has."""
+        if self._parent is None or sys.platform != "linux":
+            return
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != self._parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def is_gone(self) -> bool:
+        if self._parent is not None and os.getppid() != self._parent:
+            return True
+        return self._command is not None and process_birth(self._command[0]) != self._command[1]
+
+
+def _is_shell(pid: int) -> bool:
+    """A run started by hand outlives its terminal."""
+    with contextlib.suppress(OSError):
+        return pid <= 1 or Path(f"/proc/{pid}/comm").read_text().strip() in _SHELLS
+    return pid <= 1
+
+
+# ---- connections ---------------------------------------------------------------------------------------------------
+
+
+class _Line:
+    """JSON lines over a socket that never blocks for long."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(2.0)
+        self.socket = connection
+        self.rank: int | None = None  # of a peer that greeted
+        self._rest = b""
+
+    def send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Messages that have come; None at the end of the connection. Call it when there is something to read."""
+        try:
+            read = self.socket.recv(1 << 16)
+        except TimeoutError:
+            return []
+        except OSError:
+            return None
+        if not read or len(self._rest) > 1 << 20:
+            return None
+        *lines, self._rest = (self._rest + read).split(b"\n")
+        try:
+            return [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError):
+            return None
+
+
+class Watchdog:
+    """One a rank. `start` on all ranks together; `explained` for an exception; `stop` at the end."""
+
+    def __init__(
+        self,
+        ranks: distributed.Ranks,
+        ledger: TimeLedger,
+        run_dir: Path,
+        hang_minutes: float | None,
+        launcher: Launcher,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.step: Callable[[], int] = lambda: 0
+        self.at_worst: Callable[[], None] = lambda: None  # before this process is ended from here
+        self._ranks, self._ledger, self._run_dir, self._clock = ranks, ledger, run_dir, clock
+        self._minutes = hang_minutes
+        self._beat = max(BEAT_SECONDS, ranks.world_size / RANKS_A_SECOND)
+        self._launcher = launcher
+        self._address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        self._token, self._port = "", 0
+        self._server: socket.socket | None = None
+        self._lines: dict[int, _Line] = {}  # rank 0: of the others; others: rank 0's
+        self._peers: dict[int, dict[str, Any]] = {}
+        self._heard: dict[int, tuple[float, int, str, float]] = {}  # when, step, phase, age
+        self._ended: dict[int, str] = {}  # ranks that took leave, and how
+        self._verdict = threading.Event()
+        self._done = threading.Event()
+        self._orphaned: float | None = None
+        self._stacks: Any = None
+
+    # ---- called by the training thread
+
+    def start(self) -> None:
+        """Meet the other ranks and begin; all ranks call it together."""
+        if self._ranks.is_main and self._ranks.world_size > 1:
+            self._token = secrets.token_hex(16)
+            self._server = socket.create_server(("", 0), backlog=self._ranks.world_size)
+            self._port = self._server.getsockname()[1]
+        port, token = self._port, self._token
+        self._port, self._token = distributed.on_main(self._ranks, lambda: (port, token))
+        os.register_at_fork(after_in_child=self._forget)
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around all that the ranks do together; all ranks enter it together. An exception leaves it as `explained` says."""
+        self.start()
+        try:
+            yield
+        except BaseException as error:
+            explained = self.explained(error)
+            if explained is error:
+                raise
+            raise explained from None
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """This rank ends in order."""
+        if not self._done.is_set():
+            self._leave_word("done")
+
+    def explained(self, error: BaseException) -> BaseException:
+        """What to raise instead: the loss of another rank, said by one, where that is what broke a collective."""
+        if self._done.is_set():
+            return error
+        if isinstance(error, SparseltError | RunFailureError) or not isinstance(error, Exception):
+            self._leave_word("done")
+            return error
+        if self._ranks.world_size > 1 and _COMMUNICATION.search(str(error)) and self._verdict.wait(VERDICT_SECONDS):
+            lost = LostRankError("another rank was lost")
+            lost.silent = True  # the watching thread has said it
+            return lost
+        text = str(error).splitlines()[0][:300] if str(error) else ""
+        self._leave_word(f"{type(error).__name__}: {text}")
+        return error
+
+    def _leave_word(self, how: str) -> None:
+        self._done.set()
+        for line in list(self._lines.values()):
+            line.send(bye=how, rank=self._ranks.rank)
+
+    def _forget(self) -> None:
+        """In a forked loader worker, which must not hold this rank's connections open after its death."""
+        self._done.set()
+        for holder in (self._server, *(line.socket for line in self._lines.values())):
+            if holder is not None:
+                holder.close()
+
+    # ---- the watching thread
+
+    def _watch(self) -> None:
+        try:
+            self._watch_until_done()
+        finally:
+            with contextlib.suppress(Exception):
+                faulthandler.cancel_dump_traceback_later()
+
+    def _watch_until_done(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            if self._server is not None:
+                selector.register(self._server, selectors.EVENT_READ)
+            elif self._ranks.world_size > 1:
+                self._greet(selector)
+            due = self._clock()
+            while not self._done.is_set():
+                for key, _ in selector.select(max(0.0, min(due - self._clock(), self._beat))):
+                    self._hear(key, selector)
+                if self._clock() >= due:
+                    due = self._clock() + self._beat
+                    self._turn()
+
+    def _greet(self, selector: selectors.BaseSelector) -> None:
+        try:
+            line = _Line(socket.create_connection((self._address, self._port), timeout=10.0))
+        except OSError as error:
+            print(
+                f"rank {self._ranks.rank}: warning: rank 0 cannot be watched ({self._address}:{self._port}: {error}); "
+                "open the ports between the hosts of a job",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        birth = process_birth(os.getpid())
+        line.send(token=self._token, rank=self._ranks.rank, host=socket.gethostname(), pid=os.getpid(), birth=birth)
+        self._lines[0] = line
+        self._heard[0] = (self._clock(), 0, "other", 0.0)
+        selector.register(line.socket, selectors.EVENT_READ, line)
+
+    def _hear(self, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
+        if key.fileobj is self._server and self._server is not None:
+            with contextlib.suppress(OSError):
+                connection, _ = self._server.accept()
+                selector.register(connection, selectors.EVENT_READ, _Line(connection))
+            return
+        line: _Line = key.data
+        messages = line.receive()
+        if messages is None or not all(self._take(line, message) for message in messages):
+            selector.unregister(line.socket)
+            line.socket.close()
+            rank = 0 if not self._ranks.is_main else line.rank
+            if rank is not None and rank not in self._ended:
+                self._lost(rank)
+
+    def _take(self, line: _Line, message: dict[str, Any]) -> bool:
+        """Whether the message is from one of us."""
+        if self._ranks.is_main and line.rank is None:
+            if not secrets.compare_digest(str(message.get("token")), self._token):
+                return False
+            line.rank = int(message["rank"])
+            self._lines[line.rank], self._peers[line.rank] = line, message
+            self._heard[line.rank] = (self._clock(), 0, "other", 0.0)
+            return True
+        rank = 0 if not self._ranks.is_main else line.rank
+        assert rank is not None
+        if "verdict" in message:
+            self._end(message["verdict"], message["hung"], message["kill"], speak=False)
+        elif "bye" in message:
+            self._ended[rank] = message["bye"]
+            self._heard.pop(rank, None)
+            if message["bye"] != "done":
+                self._lost(rank)
+        else:
+            self._heard[rank] = (self._clock(), message["step"], message["phase"], message["age"])
+            if rank == 0:
+                self._peers[0] = message["of"]
+        return True
+
+    def _turn(self) -> None:
+        """Once a second: say where this rank is, look for hangs and for the launcher."""
+        phase, age = self._ledger.current()
+        step = self.step()
+        of = {"host": socket.gethostname(), "pid": os.getpid(), "birth": process_birth(os.getpid())}
+        for line in list(self._lines.values()):
+            line.send(step=step, phase=phase, age=age, **({"of": of} if self._ranks.is_main else {}))
+        self._look_for_launcher()
+        if self._minutes is None or self._verdict.is_set():
+            return
+        limit = self._minutes * 60
+        with contextlib.suppress(Exception):  # a backstop, should this thread itself never run again
+            faulthandler.dump_traceback_later(limit + 60, exit=True)
+        if self._ranks.is_main:
+            self._peers[0] = of
+            reports = {0: Report(step, phase, age, 0.0), **self._reports()}
+            if behind := hung_ranks(reports, limit):
+                text = hang_message(behind, reports, self._peers, self._minutes)
+                mute = [self._peers.get(rank, {}) for rank in behind if reports[rank].silent > limit]
+                self._end(text, True, mute, speak=True)
+        elif (rank_0 := self._reports().get(0)) is not None and rank_0.silent > limit + 2 * self._beat:
+            reports = {0: rank_0, self._ranks.rank: Report(step, phase, age, 0.0)}
+            peers = {**self._peers, self._ranks.rank: of}
+            text = hang_message([0], reports, peers, self._minutes)
+            self._end(text, True, [self._peers.get(0, {})], speak=self._speaks_without_main())
+
+    def _reports(self) -> dict[int, Report]:
+        now = self._clock()
+        return {rank: Report(step, phase, age, now - at) for rank, (at, step, phase, age) in list(self._heard.items())}
+
+    def _speaks_without_main(self) -> bool:
+        return self._ranks.rank == 1 or self._ranks.local_rank == 0
+
+    def _look_for_launcher(self) -> None:
+        if self._orphaned is None:
+            if self._launcher.is_gone():
+                self._orphaned = self._clock()
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif self._clock() - self._orphaned > ORPHAN_SECONDS:
+            self._exit("its launcher is gone, and it could not stop in time")
+
+    def _lost(self, rank: int) -> None:
+        """A rank is gone: say so, and let the training thread end by itself if it can."""
+        if self._verdict.is_set():
+            return
+        step, phase = self._heard.get(rank, (0.0, 0, "", 0.0))[1:3]
+        seen = f", last seen at step {step}, phase {phase}" if phase else ""
+        peer = self._peers.get(rank, {})
+        whose = f"rank {rank}" + (f" on {peer['host']} (pid {peer['pid']})" if peer else "")
+        if (how := self._ended.get(rank)) is not None:
+            text = f"{whose} failed: {how}; its traceback stands in its output"
+        else:
+            text = f"{whose} died{seen}: it was killed (out of memory?), or its machine is gone"
+        self._end(text, False, [], speak=self._ranks.is_main or self._speaks_without_main())
+
+    def _end(self, text: str, hung: bool, kill: list[dict[str, Any]], *, speak: bool) -> None:
+        """The run is over: tell the others, say it once, and end this process if its training thread does not."""
+        if self._verdict.is_set():
+            return
+        if self._ranks.is_main:
+            for line in list(self._lines.values()):
+                line.send(verdict=text, hung=hung, kill=kill)
+        if hung:
+            self._leave_stacks()
+        if speak:
+            traces = f"\n  stack traces: {self._run_dir / FOLDER}" if hung else ""
+            print(
+                f"error: {text}{traces}\nAll ranks end; the same command continues from the last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._verdict.set()
+        threading.Thread(target=self._finish_off, args=(hung, kill), daemon=True).start()
+
+    def _leave_stacks(self) -> None:
+        with contextlib.suppress(Exception):
+            path = self._run_dir / FOLDER / f"rank_{self._ranks.rank:05d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+    def _finish_off(self, hung: bool, kill: list[dict[str, Any]]) -> None:
+        # After a hang the others end too, and a collective of ours may fail on their account: wait for that a little.
+        if not self._done.wait(2.0 if hung else LEAVE_SECONDS):
+            _kill_local(kill)
+            self._exit("")
+        _kill_local(kill)
+
+    def _exit(self, why: str) -> None:
+        if why:
+            print(f"rank {self._ranks.rank}: {why}", file=sys.stderr, flush=True)
+        closing = threading.Thread(target=self.at_worst, daemon=True)
+        closing.start()
+        closing.join(LEAVE_SECONDS)
+        rank_report.record_exit(EXIT_CODE)
+        os._exit(EXIT_CODE)
+
+
+def _kill_local(peers: list[dict[str, Any]]) -> None:
+    """End ranks of this machine that say nothing, for they cannot end themselves."""
+    for peer in peers:
+        pid, is_here = peer.get("pid"), peer.get("host") == socket.gethostname()
+        if is_here and isinstance(pid, int) and pid != os.getpid() and process_birth(pid) == peer.get("birth"):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
