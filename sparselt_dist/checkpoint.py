@@ -75,6 +75,17 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
+def find_intact(path: Path) -> Path:
+    """What `find` finds, verified.
+
+    Raises:
+        CheckpointError: nothing complete is there, or it was changed after it was saved.
+    """
+    found = find(path)
+    verify(found)
+    return found
+
+
 def read_meta(checkpoint: Path) -> dict[str, Any]:
     """`meta.json` of a checkpoint.
 
@@ -110,11 +121,13 @@ def verify(checkpoint: Path) -> None:
         mark = (checkpoint / "COMPLETE").read_bytes()
     except OSError as error:
         raise CheckpointError(f"checkpoint {checkpoint}: COMPLETE cannot be read ({error})") from None
-    if mark != complete_mark(meta.get("step"), checkpoint / "meta.json").encode():
+    noted = meta["files"]
+    # Earlier versions noted no sum of config.json, nor one of meta.json.
+    is_earlier = "config.json" not in noted and mark == f"{meta.get('step')}\n".encode()
+    if not is_earlier and mark != complete_mark(meta.get("step"), checkpoint / "meta.json").encode():
         raise CheckpointError(
             f"checkpoint {checkpoint}: meta.json or COMPLETE was changed after it was saved; use an earlier checkpoint"
         )
-    noted = meta["files"]
     with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
         for _ in pool.map(lambda name: _verify_file(checkpoint, name, noted[name]), noted):
             pass

@@ -255,12 +255,11 @@ def _note_unknown_key(path: str, parent: type[Any], merged: Merged, faults: Faul
     siblings = list(_model_fields(parent))
     if path.startswith("objective.parts."):
         siblings = [*PartConfig.model_fields, *siblings]
-    near = nearest(key, siblings)
-    if near is not None:
-        near = f"{prefix}.{near}" if prefix else near
-    else:
-        elsewhere = {f"{name}.{k}": k for name, field in Config.model_fields.items() for k in _section_keys(field)}
-        near = nearest(path, elsewhere) or next((full for full, k in elsewhere.items() if k == key), None)
+    elsewhere = {f"{name}.{k}": k for name, field in Config.model_fields.items() for k in _section_keys(field)}
+    near = next((full for full, k in elsewhere.items() if k == key), None)
+    if near is None and (sibling := nearest(key, siblings)) is not None:
+        near = f"{prefix}.{sibling}" if prefix else sibling
+    near = near or nearest(path, elsewhere)
     choices = ", ".join(siblings) or "no key at all"
     faults.add(merged.source(path), path, "an unknown key", f"one of {choices}", near and f"did you mean {near}?")
 

@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from sparselt_dist import checkpoint
 
-    found = checkpoint.find(args.checkpoint)
-    checkpoint.verify(found)
+    found = checkpoint.find_intact(args.checkpoint)
     output = args.output or found.resolve().parent.parent / "model"
     export_checkpoint(found, output)
     print(f"{found} -> {output}")

@@ -65,9 +65,7 @@ def find_start(run_dir: Path, resume: str, warn: Callable[[str], None]) -> Path 
         raise CheckpointError(
             f"--resume {resume}: no such folder; expected {'|'.join(RESUME_CHOICES)} or a checkpoint's path"
         )
-    chosen = checkpoint.find(path)
-    checkpoint.verify(chosen)
-    return chosen
+    return checkpoint.find_intact(path)
 
 
 def _move_aside(run_dir: Path, warn: Callable[[str], None]) -> None:

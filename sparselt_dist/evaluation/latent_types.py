@@ -112,7 +112,7 @@ def open_reader(path: Path, device: torch.device) -> TypeReader:
     Raises:
         CheckpointError: it is neither, is damaged, or was not trained with latent types.
     """
-    loaded = load_checkpoint(checkpoint.find(path))
+    loaded = load_checkpoint(checkpoint.find_intact(path))
     slt = next((module for module in loaded.model.modules() if isinstance(module, SLTModule)), None)
     if slt is None:
         raise CheckpointError(

@@ -83,7 +83,7 @@ def open_subject(path: Path) -> Subject:
         return _open_exported(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; expected a run, a checkpoint or an exported model")
-    loaded = load_checkpoint(checkpoint.find(path))
+    loaded = load_checkpoint(checkpoint.find_intact(path))
     return Subject(
         folder=loaded.path,
         run_dir=loaded.run_dir,

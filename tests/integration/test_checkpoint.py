@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +107,19 @@ def test_any_flipped_bit_is_found_and_the_earlier_checkpoint_used(tmp_path: Path
             assert path.name in warnings[0]
         path.write_bytes(sound)
     assert checkpoint.newest_intact(tmp_path, lambda text: None) == newest
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "COMPLETE").write_text("1\n")
+    assert not checkpoint.is_intact(path)
+    del meta["files"]["config.json"]
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert checkpoint.find_intact(tmp_path) == path
+    (path / "weights-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="weights-00000"):
+        checkpoint.find_intact(tmp_path)
 
 
 def test_all_damaged_is_an_error_not_a_new_start(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
     }
     (folder / "config.json").write_text(json.dumps(model.backbone.config.to_dict()))
     (folder / "meta.json").write_text(json.dumps(meta))
-    (folder / "COMPLETE").write_text("")
+    (folder / "COMPLETE").write_text(f"{step}\n")
     (run_dir / "run_id").write_text(run_id)
     write_copy(open_folder(root / "train").manifest, run_dir)
     (run_dir / "config.resolved.yaml").write_text(dump(config))

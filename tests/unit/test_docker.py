@@ -52,7 +52,7 @@ def test_copied_paths_exist_and_pass_the_dockerignore() -> None:
 
 def test_the_image_runs_as_a_user_under_an_init_that_forwards_signals() -> None:
     words = instructions()
-    assert ["USER", "trainer"] in words
+    assert ["USER", "1000:1000"] in words
     assert ["ENTRYPOINT", '["tini",', '"--",', '"entrypoint.sh"]'] in words
     assert any(line[0] == "HEALTHCHECK" for line in words)
 
