@@ -121,7 +121,7 @@ def verify(checkpoint: Path) -> None:
         mark = (checkpoint / "COMPLETE").read_bytes()
     except OSError as error:
         raise CheckpointError(f"checkpoint {checkpoint}: COMPLETE cannot be read ({error})") from None
-    noted = meta["files"]
+    noted = meta.get("files", {})
     # Earlier versions noted no sum of config.json, nor one of meta.json.
     is_earlier = "config.json" not in noted and mark == f"{meta.get('step')}\n".encode()
     if not is_earlier and mark != complete_mark(meta.get("step"), checkpoint / "meta.json").encode():
