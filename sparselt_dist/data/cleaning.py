@@ -6,12 +6,14 @@ import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from sparselt_dist.data import pair_sample
 from sparselt_dist.data.embedded import tidy
+from sparselt_dist.data.manifest import read_copy
 
 Normalization = Literal["none", "nfc", "crammed"]
 
@@ -39,6 +41,18 @@ def normalize(text: str, how: Normalization) -> str:
 
 def _double_quotes(text: str) -> str:
     return text.replace("``", '"').replace("''", '"')
+
+
+def text_normalization(run_dir: Path | None, fallback: Normalization) -> Normalization:
+    """How the text of a run's shards was normalised, where their manifest tells."""
+    manifest = None if run_dir is None else read_copy(run_dir)
+    told = None if manifest is None else manifest.prepare.get("normalize")
+    return as_normalization(told, fallback)
+
+
+def as_normalization(told: object, fallback: Normalization) -> Normalization:
+    """What a stored file tells of it, where it does."""
+    return next((how for how in get_args(Normalization) if how == told), fallback)
 
 
 @dataclass(frozen=True)

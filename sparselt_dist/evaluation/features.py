@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparselt_dist.data.batch import Example
-from sparselt_dist.data.cleaning import Normalization
 from sparselt_dist.data.corpora import Corpora
-from sparselt_dist.data.manifest import read_copy
 from sparselt_dist.data.randomness import mix64, purpose_key
 
 MAX_LENGTH = 512
@@ -34,13 +31,6 @@ class Corrupted(NamedTuple):
     attention_BL: Tensor  # int64
     places_N: Tensor  # int64, in the flattened [B * L]
     answers_N: Tensor  # int64
-
-
-def text_normalization(run_dir: Path | None, fallback: Normalization) -> Normalization:
-    """How the text of a run's shards was normalised, where their manifest tells."""
-    manifest = None if run_dir is None else read_copy(run_dir)
-    told = None if manifest is None else manifest.prepare.get("normalize")
-    return next((how for how in get_args(Normalization) if how == told), fallback)
 
 
 def read_examples(corpora: Corpora, purpose: str, *, max_tokens: int, max_length: int) -> list[Example]:

@@ -21,13 +21,12 @@ from torch import Tensor
 
 from sparselt_dist import checkpoint
 from sparselt_dist.data.batch import Example, pad_examples
-from sparselt_dist.data.cleaning import Normalization, normalize
+from sparselt_dist.data.cleaning import Normalization, normalize, text_normalization
 from sparselt_dist.data.corpora import open_corpora
 from sparselt_dist.data.piece_alignment import align
 from sparselt_dist.data.shards import Stored
 from sparselt_dist.data.tokenizer import load_for_text
 from sparselt_dist.errors import CheckpointError, DataError
-from sparselt_dist.evaluation.features import text_normalization
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint
 from sparselt_dist.objectives.slt import SLTModule, TyperOutput
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -12,19 +13,22 @@ from sparselt_dist import checkpoint
 from sparselt_dist.budget import Budget
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import load_config, make_plan
+from sparselt_dist.data.cleaning import Normalization, as_normalization, text_normalization
 from sparselt_dist.data.corpora import Corpora, Location, open_corpora
 from sparselt_dist.data.loader import evaluation_batches
 from sparselt_dist.data.manifest import Manifest, read_copy
 from sparselt_dist.data.tokenizer import load_for_text
 from sparselt_dist.errors import CheckpointError, DataError
-from sparselt_dist.evaluation.features import MAX_LENGTH, text_normalization
+from sparselt_dist.evaluation.features import MAX_LENGTH
+from sparselt_dist.evaluation.fine_tuning import FineTuning, fine_tune
 from sparselt_dist.evaluation.heldout import heldout_means
+from sparselt_dist.evaluation.labelled_tasks import read_tasks
 from sparselt_dist.evaluation.last_word import PassageReader, cut_passages, heads_of, last_word_scores, read_passages
 from sparselt_dist.evaluation.yardsticks import run_yardsticks
 from sparselt_dist.follower import read_json
 from sparselt_dist.models.assembly import build_collator
 from sparselt_dist.models.backbone import Backbone, PretrainingModel
-from sparselt_dist.models.exporting import longest_input
+from sparselt_dist.models.exporting import export_checkpoint, longest_input
 from sparselt_dist.models.loading import LoadedCheckpoint, load_checkpoint, load_exported
 from sparselt_dist.models.objective_weights import MARKER
 from sparselt_dist.objectives.base import Collator, TokenizerInfo, get_objective
@@ -45,6 +49,7 @@ class Subject:
     tokenizer: TokenizerInfo
     tokenizer_sha256: str | None  # of the shards it was trained on, where that is known
     config: Config
+    normalization: Normalization  # of the text it was trained on, as far as that is known
     loaded: LoadedCheckpoint | None
 
 
@@ -56,6 +61,8 @@ class Shards:
     held_out: Corpora | None
     passages: Path | None = None
     """A file of passages for task last-word; None: they are cut from held-out text."""
+    fine_tuning: FineTuning | None = None
+    """What task fine-tune is asked for."""
 
     @property
     def validation(self) -> Corpora:
@@ -92,6 +99,7 @@ def open_subject(path: Path) -> Subject:
         tokenizer=loaded.tokenizer,
         tokenizer_sha256=loaded.meta["tokenizer_sha256"],
         config=loaded.config,
+        normalization=text_normalization(loaded.run_dir, loaded.config.prepare.normalize),
         loaded=loaded,
     )
 
@@ -103,6 +111,8 @@ def _open_exported(path: Path) -> Subject:
     marker = read_json(path / MARKER)
     inside_run = resolved.is_file() and bool(marker)
     config = load_config([str(resolved)], for_training=False) if inside_run else Config()
+    told = as_normalization(marker.get("normalize"), config.prepare.normalize)
+    normalization = text_normalization(run_dir if inside_run else None, told)
     return Subject(
         folder=path,
         run_dir=run_dir if inside_run else None,
@@ -111,12 +121,19 @@ def _open_exported(path: Path) -> Subject:
         tokenizer=tokenizer,
         tokenizer_sha256=marker.get("tokenizer_sha256"),
         config=config,
+        normalization=normalization,
         loaded=None,
     )
 
 
 def open_shards(
-    subject: Subject, train: str | None, validation: str | None, passages: Path | None = None, *, needed: bool = True
+    subject: Subject,
+    train: str | None,
+    validation: str | None,
+    passages: Path | None = None,
+    fine_tuning: FineTuning | None = None,
+    *,
+    needed: bool = True,
 ) -> Shards:
     """The shards named on the command line, else those of the run; `needed`: held-out ones must be known.
 
@@ -128,10 +145,11 @@ def open_shards(
     where: Location | None = train or own_train
     validation = validation or own_validation
     if not needed:
-        return Shards(None, None, passages)
+        return Shards(None, None, passages, fine_tuning)
     if validation is None:
         raise DataError(f"evaluate: {subject.folder} knows of no held-out shards; name them by --validation")
-    shards = Shards(None if where is None else open_corpora(where, config), open_corpora(validation, config), passages)
+    train_corpora = None if where is None else open_corpora(where, config)
+    shards = Shards(train_corpora, open_corpora(validation, config), passages, fine_tuning)
     for corpora in (shards.train, shards.validation):
         found = None if corpora is None else corpora.manifest.tokenizer_sha256
         if found is not None and subject.tokenizer_sha256 not in (None, found):
@@ -208,11 +226,10 @@ def _last_word(subject: Subject, shards: Shards, device: torch.device) -> dict[s
         load_for_text(subject.folder if subject.loaded is None else subject.loaded.tokenizer_dir),
         info,
         begins_behind_end=manifest is not None and manifest.kind == "rows",
-        longest=longest_input(backbone.model) or MAX_LENGTH,
+        longest=longest_input(backbone.config) or MAX_LENGTH,
     )
     if shards.passages is not None:
-        how = text_normalization(subject.run_dir, subject.config.prepare.normalize)
-        passages = read_passages(shards.passages, reader, how)
+        passages = read_passages(shards.passages, reader, subject.normalization)
     else:
         passages = cut_passages(shards.validation, reader, samples=_PASSAGES)
     if not passages:
@@ -222,6 +239,23 @@ def _last_word(subject: Subject, shards: Shards, device: torch.device) -> dict[s
         )
     objective = None if subject.loaded is None else subject.loaded.model.objective
     return last_word_scores(backbone, heads_of(backbone, objective), passages, info.pad_id, device)
+
+
+def _fine_tune(subject: Subject, shards: Shards, device: torch.device) -> dict[str, float]:
+    asked = shards.fine_tuning
+    if asked is None:
+        raise DataError("evaluate: task fine-tune has no labelled texts; name their folder by --fine-tune")
+    if subject.backbone.is_causal:
+        raise CheckpointError(
+            f"{subject.folder}: found {type(subject.backbone.model).__name__}, task fine-tune expects an encoder; name one, or "
+            "other --tasks"
+        )
+    tasks = read_tasks(asked.folder)
+    with TemporaryDirectory(prefix="sparselt-") as scratch:
+        folder = subject.folder
+        if subject.loaded is not None:  # what the objective adds to the inputs is folded in, as in any export
+            folder = export_checkpoint(folder, Path(scratch, "model"))
+        return fine_tune(folder, tasks, subject.normalization, device, trials=asked.trials, tell=asked.tell)
 
 
 def _own_manifest(subject: Subject) -> Manifest | None:
@@ -246,4 +280,5 @@ _TASKS: dict[str, Callable[[Subject, Shards, torch.device], dict[str, float]]] =
     "heldout": _heldout,
     "yardsticks": _yardsticks,
     "last-word": _last_word,
+    "fine-tune": _fine_tune,
 }

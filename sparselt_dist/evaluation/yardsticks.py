@@ -87,7 +87,7 @@ class _Setting:
 
     def read(self, purpose: str, train_tokens: int, heldout_tokens: int) -> tuple[list[Example], list[Example]]:
         """Training and held-out rows, shortened only where the model cannot take them as they are."""
-        length = min(MAX_LENGTH, longest_input(self.backbone.model) or MAX_LENGTH)
+        length = min(MAX_LENGTH, longest_input(self.backbone.config) or MAX_LENGTH)
         return (
             read_examples(self.train, f"{purpose} train", max_tokens=train_tokens, max_length=length),
             read_examples(self.validation, f"{purpose} heldout", max_tokens=heldout_tokens, max_length=length),

@@ -265,7 +265,7 @@ def _load(
     _check_positions(config, _positions_needed(config.model_type, tokenizer, sequence_length), source)
     auto = _auto_class(config, with_head)
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = auto.from_pretrained(
                 source,
                 config=config,
@@ -341,7 +341,7 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str) -
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Its bars and reports are replaced by ours."""
     controls = transformers.utils.logging
     level, bars = controls.get_verbosity(), controls.is_progress_bar_enabled()

@@ -22,8 +22,9 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from sparselt_dist.data.cleaning import text_normalization
 from sparselt_dist.data.manifest import Manifest, read_copy
 from sparselt_dist.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, tokenizer_info
 from sparselt_dist.errors import CheckpointError
@@ -190,6 +191,7 @@ def _marker_facts(loaded: LoadedCheckpoint) -> dict[str, Any]:
     return {
         "run": loaded.config.run.name,
         "objective": loaded.config.objective.name,
+        "normalize": text_normalization(loaded.run_dir, loaded.config.prepare.normalize),
         "step": loaded.meta["step"],
         "tokens": loaded.meta["tokens"],
         "data_manifest_sha256": loaded.meta["data_manifest_sha256"],
@@ -226,7 +228,7 @@ def _write_tokenizer(backbone: Backbone, tokenizer_dir: Path, folder: Path) -> N
     path = folder / CONFIG_FILE
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings["model_input_names"] = _input_names(backbone.model)
-    longest = longest_input(backbone.model)
+    longest = longest_input(backbone.config)
     if longest is not None:
         settings["model_max_length"] = min(int(settings.get("model_max_length", longest)), longest)
     if backbone.is_causal:
@@ -241,12 +243,12 @@ def _input_names(model: PreTrainedModel) -> list[str]:
     return ["input_ids", *(["token_type_ids"] if typed else []), "attention_mask"]
 
 
-def longest_input(model: PreTrainedModel) -> int | None:
+def longest_input(config: PretrainedConfig) -> int | None:
     """Positions that a row may have, or None where the architecture sets no limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None
-    taken = model.config.pad_token_id + 1 if model.config.model_type in POSITIONS_AFTER_PADDING else 0
+    taken = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
     return positions - taken
 
 

@@ -86,13 +86,13 @@ def crammed_model(sizes: dict[str, int]) -> CrammedBertForMaskedLM:
     return CrammedBertForMaskedLM(CrammedBertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **sizes))
 
 
-def bert_model(sizes: dict[str, int]) -> BertForMaskedLM:
+def bert_model(sizes: dict[str, int], vocabulary: int = VOCABULARY) -> BertForMaskedLM:
     """BERT of as many weights: its feed-forward part has two matrices of the inner width where a gated one has three
     of half the width, so the same weights are three quarters of the width. Without dropout, as crammed-bert."""
     inner = sizes["intermediate_size"] * 3 // 4
     shape = {**sizes, "intermediate_size": inner}
     config = BertConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=LENGTH,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -104,7 +104,9 @@ def bert_model(sizes: dict[str, int]) -> BertForMaskedLM:
 # ---- transformers' Trainer
 
 
-class _Rows(Dataset[dict[str, Tensor]]):
+class RowsDataset(Dataset[dict[str, Tensor]]):
+    """Rows as the stock collator wants them."""
+
     def __init__(self, ids_NL: np.ndarray) -> None:
         self._ids_NL = ids_NL
 
@@ -146,7 +148,7 @@ def run_trainer(job: Job, marks: Marks) -> None:
         model,
         arguments,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm_probability=PROBABILITY),
-        train_dataset=_Rows(stored_rows(job.shards)),
+        train_dataset=RowsDataset(stored_rows(job.shards)),
         callbacks=[_MarkSteps(marks)],
     ).train()
 

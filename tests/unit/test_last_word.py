@@ -163,7 +163,7 @@ def perplexity_by_hand(backbone: Backbone, head: nn.Module, passages: list[Passa
 
 
 def test_passages_name_their_task() -> None:
-    assert parse_tasks("", Path("p.txt")) == ["last-word"]
-    assert parse_tasks("heldout", Path("p.txt")) == ["heldout", "last-word"]
+    assert parse_tasks("", "last-word") == ["last-word"]
+    assert parse_tasks("heldout", "last-word") == ["heldout", "last-word"]
     with pytest.raises(ConfigError, match="did you mean 'last-word'"):
         parse_tasks("last-words")
