@@ -99,7 +99,6 @@ def _run(args: argparse.Namespace, started: float) -> int:
     stop_flag = StopFlag()
     stop_flag.install()
     launcher = Launcher(os.environ)
-    launcher.bind()
     rank_report.announce()
     if not args.dry_run:
         rank_log.start(ranks.rank)

@@ -13,7 +13,6 @@ random word that only the ranks know; what travels is JSON. Free of torch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -48,7 +47,6 @@ ORPHAN_SECONDS = 60.0  # how long a rank without its launcher has to save
 _SHOWN_RANKS = 16
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh", "tmux: server", "screen", "systemd"})
 _COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|store|broken pipe|timed? ?out", re.IGNORECASE)
-_PR_SET_PDEATHSIG = 1
 
 
 class LostRankError(RunFailureError):
@@ -133,14 +131,6 @@ class Launcher:
         host, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
         pid, _, birth = process.partition(":")
         self._command = (int(pid), birth) if host == socket.gethostname() and pid.isdigit() else None
-
-    def bind(self) -> None:
-        """Have the kernel send SIGTERM when the parent ends (Linux); at once if it has."""
-        if self._parent is None or sys.platform != "linux":
-            return
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != self._parent:
-            os.kill(os.getpid(), signal.SIGTERM)
 
     def is_gone(self) -> bool:
         if self._parent is not None and os.getppid() != self._parent:
