@@ -76,7 +76,7 @@ def own_facts(config: Config, run_dir: Path, corpora: Sequence[Corpora], device:
         write_fault=fault,
         device=identity,
         device_free=free,
-        missing=_missing_shard(corpora),
+        missing=_missing_shard(corpora) if config.data.on_bad_shard != "skip" else "",
     )
 
 
