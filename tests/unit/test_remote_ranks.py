@@ -31,6 +31,8 @@ def test_children_of_the_launcher_with_that_port_get_the_signal(tmp_path: Path) 
     """The remote half, run by a shell as sshd would."""
     module = tmp_path / "deepspeed" / "launcher" / "launch.py"
     module.parent.mkdir(parents=True)
+    for package in (module.parent.parent, module.parent):  # without, the installed package would be taken
+        (package / "__init__.py").touch()
     module.write_text("import subprocess, sys; sys.exit(subprocess.call(['sleep', '30']) == -15)")
     words = [sys.executable, "-u", "-m", "deepspeed.launcher.launch"]
     started = {
