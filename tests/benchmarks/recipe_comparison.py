@@ -30,7 +30,8 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "compile": (FAITHFUL, ["train.compile=true"]),
     "best-fit": (FAITHFUL, ["prepare.packing=best-fit"]),
     "wsd": (FAITHFUL, ["schedule.name=wsd", "schedule.warmup=0.02", "schedule.decay=0.25"]),
-    "muon": (FAITHFUL, ["optim.name=muon", "optim.muon_momentum=0.95"]),
+    "lr": (FAITHFUL, ["optim.peak_lr=3.0e-3"]),  # what Muon's arm shares with AdamW
+    "muon": (FAITHFUL, ["optim.name=muon", "optim.muon_momentum=0.95", "optim.peak_lr=3.0e-3"]),
     "rms": (FAITHFUL, ["model.config.norm_type=rms"]),
     "rope": (FAITHFUL, ["model.config.position_type=rope"]),
     "silu": (FAITHFUL, ["model.config.gate_activation=silu"]),
