@@ -8,9 +8,11 @@ ranks take them alike.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -252,9 +254,10 @@ class Trainer:
             total = self.data.agree(drawn, self.progress.step, batch_size)
         self._share_statistics(drawn)
         sums = Sums()
-        for number, micro_batch in enumerate(drawn):
-            last = number == len(drawn) - 1
-            self._forward_backward(micro_batch.batch, total.counts, sums, last)
+        with weights_cast_once(self.device, self.engine.zero_optimization_stage()):
+            for number, micro_batch in enumerate(drawn):
+                last = number == len(drawn) - 1
+                self._forward_backward(micro_batch.batch, total.counts, sums, last)
         end = advanced(self.progress.position, batch_size, self.progress.left_out)
         loss, stop = self._agree_before_update(sums.share(total.counts), started, step.micro_steps)
         if loss is not None:
@@ -438,6 +441,15 @@ class Trainer:
     def _stall(self) -> float:
         """Seconds for which the last save held training up so far."""
         return 0.0 if self.stall_from is None else self.ledger.seconds()["checkpoint"] - self.stall_from
+
+
+def weights_cast_once(device: torch.device, zero_stage: int) -> AbstractContextManager[object]:
+    """Around a step's forward and backward passes: autocast casts each weight for the first and keeps that for the others.
+
+    Autocast forgets its casts where the outermost of its contexts ends, which else is that of one forward pass. This one does
+    nothing but surround them; it changes no bit. At ZeRO 3 weights are not to be kept beyond a layer.
+    """
+    return contextlib.nullcontext() if zero_stage == 3 else torch.autocast(device.type, enabled=False)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
