@@ -7,10 +7,10 @@ from pathlib import Path
 
 from sparselt_dist import distributed
 from sparselt_dist.config import Config
+from sparselt_dist.launcher_watch import Launcher
 from sparselt_dist.run import pretrain
 from sparselt_dist.run_plan import make_plan
 from sparselt_dist.trainer import Outcome
-from sparselt_dist.watchdog import Launcher
 
 DRY_PRELUDE_SECONDS = 5.0  # of an objective
 

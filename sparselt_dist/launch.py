@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparselt_dist.extensions import prepare_launch
+from sparselt_dist.launcher_watch import LAUNCHER_VARIABLE, launcher_mark
 from sparselt_dist.rank_report import REPORT_DIR_VARIABLE
 from sparselt_dist.supervisor import Supervisor
-from sparselt_dist.watchdog import LAUNCHER_VARIABLE, launcher_mark
 
 STOCK_HOSTFILE = "/job/hostfile"
 STOCK_PORT = 29500

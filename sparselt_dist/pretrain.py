@@ -15,9 +15,9 @@ from sparselt_dist.config_loading import dump, list_profiles, load_config
 from sparselt_dist.distributed import StopFlag, ranks_from_environment
 from sparselt_dist.errors import SparseltError
 from sparselt_dist.follower import resolve_store_uri
+from sparselt_dist.launcher_watch import Launcher
 from sparselt_dist.objectives.base import available
 from sparselt_dist.run_plan import make_plan
-from sparselt_dist.watchdog import Launcher
 
 STOPPED = 75
 

@@ -26,6 +26,7 @@ from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.health import Health
 from sparselt_dist.journal import Journal
+from sparselt_dist.launcher_watch import Launcher
 from sparselt_dist.metrics import ConsoleProgress, TimeLedger, peak_memory_gib
 from sparselt_dist.micro_batch_search import find_fastest
 from sparselt_dist.models.assembly import build_collator
@@ -40,7 +41,7 @@ from sparselt_dist.saving import Saving
 from sparselt_dist.spikes import RewindRun
 from sparselt_dist.trainer import Outcome, Trainer
 from sparselt_dist.utilisation import device_watts, row_length, utilisation
-from sparselt_dist.watchdog import Launcher, Watchdog
+from sparselt_dist.watchdog import Watchdog
 
 if TYPE_CHECKING:
     pass

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import os
 import re
 import secrets
@@ -24,158 +23,29 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparselt_dist import distributed, rank_report
 from sparselt_dist.errors import RunFailureError, SparseltError
 from sparselt_dist.follower import process_birth
+from sparselt_dist.hang import BEAT_SECONDS, Report, hang_message, hung_ranks
+from sparselt_dist.launcher_watch import Launcher
 from sparselt_dist.metrics import TimeLedger
+from sparselt_dist.rank_line import RankLine
 
-LAUNCHER_VARIABLE = "SPARSELT_LAUNCHER"  # host:pid:birth of the `deepspeed` command
 FOLDER = "hang"
 EXIT_CODE = 1
-BEAT_SECONDS = 1.0
 RANKS_A_SECOND = 256  # more ranks report less often, for rank 0's sake
-PATIENCE = 6  # times the limit, in phases that take long as one
-PATIENT = frozenset({"compile", "checkpoint"})
-UNBOUNDED = frozenset({"other", "prelude", "yardsticks", "export"})
 VERDICT_SECONDS = 5.0  # how long a rank whose collective failed waits to hear why
 LEAVE_SECONDS = 20.0  # how long a training thread has to end by itself after a death
 ORPHAN_SECONDS = 60.0  # how long a rank without its launcher has to save
-_SHOWN_RANKS = 16
-_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh", "tmux: server", "screen", "systemd"})
 _COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|store|broken pipe|timed? ?out", re.IGNORECASE)
 
 
 class LostRankError(RunFailureError):
     """Another rank died, ended or hangs."""
-
-
-class Report(NamedTuple):
-    """Where a rank was when it last said so."""
-
-    step: int
-    phase: str
-    age: float  # seconds in that phase, by the rank
-    silent: float  # seconds since it said so
-
-
-# ---- the verdict ---------------------------------------------------------------------------------------------------
-
-
-def hung_ranks(reports: Mapping[int, Report], limit: float) -> list[int]:
-    """The ranks that hold up a run in which nobody gets on; none where all is well.
-
-    `limit`: seconds. A rank that says nothing for so long hangs, whatever its phase. Else all must be late, for those
-    who wait for one that is still at work are late and sound; of them the one is behind that moved last the longest ago.
-    """
-    silent = [rank for rank, report in reports.items() if report.silent > limit]
-    if silent or not reports:
-        return silent
-    if not all(_is_late(report, limit) for report in reports.values()):
-        return []
-    first = min(report.step for report in reports.values())
-    behind = {rank: report for rank, report in reports.items() if report.step == first}
-    at_work = {rank: report for rank, report in behind.items() if report.phase != "communication"} or behind
-    return [max(at_work, key=lambda rank: at_work[rank].age + at_work[rank].silent)]
-
-
-def _is_late(report: Report, limit: float) -> bool:
-    if report.phase in UNBOUNDED:
-        return False
-    return report.age + report.silent > limit * (PATIENCE if report.phase in PATIENT else 1)
-
-
-def _described(rank: int, report: Report, peer: Mapping[str, Any]) -> str:
-    where = f"rank {rank} on {peer.get('host', '?')} (pid {peer.get('pid', '?')}{_process_state(peer)})"
-    silence = f", silent for {report.silent:.0f} s" if report.silent > 3 * BEAT_SECONDS else ""
-    return f"{where}: step {report.step}, {report.phase} for {report.age + report.silent:.0f} s{silence}"
-
-
-def _process_state(peer: Mapping[str, Any]) -> str:
-    """What the kernel says of a process of this machine that does not run."""
-    if peer.get("host") != socket.gethostname():
-        return ""
-    with contextlib.suppress(OSError, IndexError):
-        letter = Path(f"/proc/{peer['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-        return {"T": ", stopped by a signal", "D": ", waiting for a disk", "Z": ", ended"}.get(letter, "")
-    return ""
-
-
-def hang_message(behind: list[int], reports: Mapping[int, Report], peers: Mapping[int, Any], minutes: float) -> str:
-    """What rank 0 says of a run that hangs."""
-    others = [rank for rank in sorted(reports) if rank not in behind][:_SHOWN_RANKS]
-    lines = [
-        f"the run hangs: nothing got on for {minutes:g} minutes (train.hang_minutes)",
-        *(f"  behind: {_described(rank, reports[rank], peers.get(rank, {}))}" for rank in behind[:_SHOWN_RANKS]),
-        *(f"  waits:  {_described(rank, reports[rank], peers.get(rank, {}))}" for rank in others),
-    ]
-    return "\n".join(lines)
-
-
-# ---- the launcher --------------------------------------------------------------------------------------------------
-
-
-def launcher_mark() -> str:
-    """For the environment of ranks: which process is their launcher, where."""
-    return f"{socket.gethostname()}:{os.getpid()}:{process_birth(os.getpid())}"
-
-
-class Launcher:
-    """The processes whose end is meant for this rank too: its parent, unless a shell, and the `deepspeed` command."""
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._parent = os.getppid() if "RANK" in environment and not _is_shell(os.getppid()) else None
-        host, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
-        pid, _, birth = process.partition(":")
-        self._command = (int(pid), birth) if host == socket.gethostname() and pid.isdigit() else None
-
-    def is_gone(self) -> bool:
-        if self._parent is not None and os.getppid() != self._parent:
-            return True
-        return self._command is not None and process_birth(self._command[0]) != self._command[1]
-
-
-def _is_shell(pid: int) -> bool:
-    """A run started by hand outlives its terminal."""
-    with contextlib.suppress(OSError):
-        return pid <= 1 or Path(f"/proc/{pid}/comm").read_text().strip() in _SHELLS
-    return pid <= 1
-
-
-# ---- connections ---------------------------------------------------------------------------------------------------
-
-
-class _Line:
-    """JSON lines over a socket that never blocks for long."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        connection.settimeout(2.0)
-        self.socket = connection
-        self.rank: int | None = None  # of a peer that greeted
-        self._rest = b""
-
-    def send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """Messages that have come; None at the end of the connection. Call it when there is something to read."""
-        try:
-            read = self.socket.recv(1 << 16)
-        except TimeoutError:
-            return []
-        except OSError:
-            return None
-        if not read or len(self._rest) > 1 << 20:
-            return None
-        *lines, self._rest = (self._rest + read).split(b"\n")
-        try:
-            return [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError):
-            return None
 
 
 class Watchdog:
@@ -199,7 +69,7 @@ class Watchdog:
         self._address = os.environ.get("MASTER_ADDR", "127.0.0.1")
         self._token, self._port = "", 0
         self._server: socket.socket | None = None
-        self._lines: dict[int, _Line] = {}  # rank 0: of the others; others: rank 0's
+        self._lines: dict[int, RankLine] = {}  # rank 0: of the others; others: rank 0's
         self._peers: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, tuple[float, int, str, float]] = {}  # when, step, phase, age
         self._ended: dict[int, str] = {}  # ranks that took leave, and how
@@ -292,7 +162,7 @@ class Watchdog:
 
     def _greet(self, selector: selectors.BaseSelector) -> None:
         try:
-            line = _Line(socket.create_connection((self._address, self._port), timeout=10.0))
+            line = RankLine(socket.create_connection((self._address, self._port), timeout=10.0))
         except OSError as error:
             print(
                 f"rank {self._ranks.rank}: warning: rank 0 cannot be watched ({self._address}:{self._port}: {error}); "
@@ -311,9 +181,9 @@ class Watchdog:
         if key.fileobj is self._server and self._server is not None:
             with contextlib.suppress(OSError):
                 connection, _ = self._server.accept()
-                selector.register(connection, selectors.EVENT_READ, _Line(connection))
+                selector.register(connection, selectors.EVENT_READ, RankLine(connection))
             return
-        line: _Line = key.data
+        line: RankLine = key.data
         messages = line.receive()
         if messages is None or not all(self._take(line, message) for message in messages):
             selector.unregister(line.socket)
@@ -322,7 +192,7 @@ class Watchdog:
             if rank is not None and rank not in self._ended:
                 self._lost(rank)
 
-    def _take(self, line: _Line, message: dict[str, Any]) -> bool:
+    def _take(self, line: RankLine, message: dict[str, Any]) -> bool:
         """Whether the message is from one of us."""
         if self._ranks.is_main and line.rank is None:
             if not secrets.compare_digest(str(message.get("token")), self._token):

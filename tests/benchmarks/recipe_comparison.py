@@ -25,6 +25,8 @@ FAITHFUL, LATER = "crammed-cpu", "crammed-cpu-2026"
 ARMS: dict[str, tuple[str, list[str]]] = {
     "faithful": (FAITHFUL, []),
     "constant": (FAITHFUL, ["schedule.name=constant"]),
+    "batch-16": (FAITHFUL, ["train.global_batch_size=16", "train.batch_ramp_end=null"]),
+    "batch-32": (FAITHFUL, ["train.global_batch_size=32"]),
     "fp32": (FAITHFUL, ["train.precision=fp32"]),
     "chunked": (FAITHFUL, ["objective.cross_entropy=chunked"]),
     "compile": (FAITHFUL, ["train.compile=true"]),

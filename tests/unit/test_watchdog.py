@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from sparselt_dist.watchdog import LAUNCHER_VARIABLE, Launcher, Report, hang_message, hung_ranks, launcher_mark
+from sparselt_dist.hang import Report, hang_message, hung_ranks
+from sparselt_dist.launcher_watch import LAUNCHER_VARIABLE, Launcher, launcher_mark
 
 
 def at(phase: str, age: float, step: int = 7, silent: float = 0.5) -> Report:

@@ -1,0 +1,41 @@
+"""Whether the process that started a rank is still there. Free of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from sparselt_dist.follower import process_birth
+
+LAUNCHER_VARIABLE = "SPARSELT_LAUNCHER"  # host:pid:birth of the `deepspeed` command
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh", "tmux: server", "screen", "systemd"})
+
+
+def launcher_mark() -> str:
+    """For the environment of ranks: which process is their launcher, where."""
+    return f"{socket.gethostname()}:{os.getpid()}:{process_birth(os.getpid())}"
+
+
+class Launcher:
+    """The processes whose end is meant for this rank too: its parent, unless a shell, and the `deepspeed` command."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._parent = os.getppid() if "RANK" in environment and not _is_shell(os.getppid()) else None
+        host, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
+        pid, _, birth = process.partition(":")
+        self._command = (int(pid), birth) if host == socket.gethostname() and pid.isdigit() else None
+
+    def is_gone(self) -> bool:
+        if self._parent is not None and os.getppid() != self._parent:
+            return True
+        return self._command is not None and process_birth(self._command[0]) != self._command[1]
+
+
+def _is_shell(pid: int) -> bool:
+    """A run started by hand outlives its terminal."""
+    with contextlib.suppress(OSError):
+        return pid <= 1 or Path(f"/proc/{pid}/comm").read_text().strip() in _SHELLS
+    return pid <= 1
