@@ -18,7 +18,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from sparselt_dist.errors import ConfigError, SparseltError
+from sparselt_dist.errors import ConfigError, RunFailureError, SparseltError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Long enough for rank 0 to prepare a corpus or another rank to compile; a dead rank is noticed at once by its socket.
 GROUP_TIMEOUT = timedelta(hours=2)
+# Between the first rank and the last: one that died on its way is missed so late only where no launcher ends the others.
+MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,35 @@ def _choose_interface() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
+def _meet(ranks: Ranks, backend: str, timeout: timedelta = MEETING_TIMEOUT) -> None:
+    """Start torch's process group once all ranks have come to rank 0's store.
+
+    Raises:
+        RunFailureError: not all came in time, or rank 0's address cannot be used.
+    """
+    import torch.distributed as dist
+
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT
+        )
+    except dist.DistError as error:
+        # Behind the first line stand C++ frames.
+        raise RunFailureError(
+            f"rank {ranks.rank}: the {ranks.world_size} ranks did not meet at {place} within "
+            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); look for the first rank that failed, see that "
+            "all hosts reach that address, or, where it is in use, start again on another port"
+        ) from None
+
+
 def initialise(ranks: Ranks) -> torch.device:
-    """Start the process group through DeepSpeed (NCCL on GPUs, gloo on CPU); return this rank's device."""
+    """Start the process group, for DeepSpeed too (NCCL on GPUs, gloo on CPU); return this rank's device.
+
+    Raises:
+        RunFailureError: not all ranks came.
+    """
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     _rendezvous_defaults()
     _choose_interface()
@@ -152,6 +181,7 @@ def initialise(ranks: Ranks) -> torch.device:
     # Of DeepSpeed's compiled CPU collectives only inference makes use; building them takes minutes at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    _meet(ranks, backend)
     deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False, auto_mpi_discovery=False)
     return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(device_number))
 

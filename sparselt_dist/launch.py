@@ -21,6 +21,8 @@ from sparselt_dist.rank_report import REPORT_DIR_VARIABLE
 from sparselt_dist.supervisor import Supervisor
 
 STOCK_HOSTFILE = "/job/hostfile"
+# Without, pdsh would wait for a host that is gone until the kernel gives up on it, a quarter of an hour later.
+SSH_KEEPALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 STOCK_PORT = 29500
 # Below the range from which the kernel takes the ports of outgoing connections.
 FIRST_PORT, PORTS = 20000, 10000
@@ -140,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     report_dir = Path(tempfile.mkdtemp(prefix="sparselt_ranks_"))
     environment[REPORT_DIR_VARIABLE] = str(report_dir)
     environment[LAUNCHER_VARIABLE] = launcher_mark()
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_KEEPALIVE}".strip()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *own, *rendezvous_arguments(own), *program]
     try:
         return Supervisor(command, environment, report_dir).run()

@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile` over ssh between two hosts: they train together, and a stop reaches both."""
+"""`deepspeed --hostfile` over ssh between two hosts: they train together, a stop reaches both, and a cut link ends both."""
 
 from __future__ import annotations
 
@@ -47,3 +47,22 @@ def test_a_stop_is_saved_on_both_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
     assert (closing["status"], closing["steps"]) == ("stopped", journal_steps(tmp_path)[-1])
     for host in (0, 1):
         assert hosts.processes(host, "sparselt_dist.pretrain") == []
+
+
+def test_a_cut_link_ends_the_run_on_both_hosts(hosts: TwoHosts, tmp_path: Path) -> None:
+    """Last of this file, for the cable stays pulled."""
+    launch = [*command(hosts, tmp_path, 100_000), "train.hang_minutes=0.2", "checkpoint.every_steps=2"]
+    process = hosts.start(0, *launch, cwd=tmp_path, output=tmp_path / "output")
+    deadline = time.monotonic() + 300
+    while len(journal_steps(tmp_path)) < 5:
+        assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "output").read_text()
+        time.sleep(0.5)
+    hosts.pull_the_cable()
+    assert process.wait(timeout=200) == 1, (tmp_path / "output").read_text()
+    assert "the run hangs: nothing got on for 0.2 minutes" in (tmp_path / "output").read_text()
+    for host in (0, 1):
+        deadline = time.monotonic() + 60
+        while left := hosts.processes(host, "sparselt_dist.pretrain"):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.5)
+    assert any((tmp_path / "run" / "checkpoints").iterdir())

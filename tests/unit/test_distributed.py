@@ -2,11 +2,13 @@
 
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 
-from sparselt_dist.distributed import StopFlag, first_host, ranks_from_environment
-from sparselt_dist.errors import ConfigError
+from sparselt_dist.distributed import Ranks, StopFlag, _meet, first_host, ranks_from_environment
+from sparselt_dist.errors import ConfigError, RunFailureError
+from sparselt_dist.launch import free_port
 
 
 def test_alone() -> None:
@@ -32,6 +34,15 @@ def test_slurm_variables() -> None:
 def test_incomplete_or_contradictory_variables_are_refused(env: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="environment"):
         ranks_from_environment(env)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_waits_for_the_others_only_so_long(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": str(rank), "WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunFailureError, match=f"rank {rank}: the 2 ranks did not meet at 127.0.0.1:.* within 0.5 s"):
+        _meet(Ranks(rank, 2, 0), "gloo", timedelta(seconds=0.5))
 
 
 def test_a_signal_only_sets_the_flag() -> None:
