@@ -24,6 +24,8 @@ from sparselt_dist.rank_report import Reports, read_reports
 from sparselt_dist.remote_ranks import signal_command
 
 STOPPED_ON_REQUEST = 75
+SSH_LOST = 255  # of ssh, and so of pdsh: a host did not answer, or its connection broke
+LOST_RANK = 1
 POLL_SECONDS = 0.1
 # A rank that has not announced itself gets signals only at this age: before, python would die without its handlers.
 UNANNOUNCED_SECONDS = 10.0
@@ -144,7 +146,7 @@ def exit_code(reports: Reports, runner_code: int, adopted_codes: Sequence[int]) 
 
     Programs that report nothing are judged by the runner's code and those of the processes it left behind.
     """
-    runner_failure = max(runner_code, 0)
+    runner_failure = LOST_RANK if runner_code == SSH_LOST else max(runner_code, 0)
     if not reports.ready_pids and not reports.exit_codes:
         orphan_failure = next((_shell_code(code) for code in adopted_codes if code != 0), 0)
         return runner_failure or orphan_failure or _shell_code(runner_code)
@@ -152,7 +154,7 @@ def exit_code(reports: Reports, runner_code: int, adopted_codes: Sequence[int]) 
     if failures:
         return failures[0]
     if reports.any_lost:
-        return runner_failure if runner_failure not in (0, STOPPED_ON_REQUEST) else 1
+        return runner_failure if runner_failure not in (0, STOPPED_ON_REQUEST) else LOST_RANK
     return STOPPED_ON_REQUEST if STOPPED_ON_REQUEST in reports.exit_codes.values() else runner_failure
 
 

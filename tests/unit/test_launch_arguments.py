@@ -93,6 +93,7 @@ def test_no_program_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         ("", {}, -15, [0, 3], 3),
         ("", {}, 0, [-9], 137),
         ("", {}, 0, [], 0),
+        ("", {}, 255, [], 1),  # a host was lost
     ],
 )
 def test_exit_code(ready: str, exits: dict[str, int], runner: int, adopted: list[int], expected: int) -> None:
