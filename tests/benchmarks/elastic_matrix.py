@@ -178,8 +178,8 @@ def claim(work: Path, settings: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, required=True, help="keeps shards, sources and results")
-    parser.add_argument("--first", type=int, default=4, help="steps before the checkpoint")
-    parser.add_argument("--further", type=int, default=4, help="steps after it")
+    parser.add_argument("--first", type=int, default=6, help="steps before the checkpoint")
+    parser.add_argument("--further", type=int, default=6, help="steps after it")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()
