@@ -118,9 +118,11 @@ def resume(shards: Path, folder: Path, source: Path, layout: Layout, expected: F
 
 
 def read_cases(path: Path) -> list[Case]:
-    """The complete lines of an earlier start."""
+    """The complete lines of an earlier start; one that was cut off is removed."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [Case(**json.loads(line)) for line in lines if line.endswith("\n")]
+    whole = [line for line in lines if line.endswith("\n")]
+    path.write_text("".join(whole))
+    return [Case(**json.loads(line)) for line in whole]
 
 
 def cases(shards: Path, work: Path, layouts: list[Layout], first: int, further: int) -> Iterator[Case]:
