@@ -183,19 +183,19 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """Tensors of one kind in a checkpoint, read by name from memory-mapped files."""
+    """Tensors of one kind in a checkpoint, read by name from memory-mapped files, which are opened once."""
 
     checkpoint: Path
-    owner: dict[str, str]  # tensor name -> file name
+    owner: dict[str, Any]  # tensor name -> open file
 
     @classmethod
     def open(cls, checkpoint: Path, kind: str) -> TensorFiles:
         from safetensors import safe_open
 
-        owner: dict[str, str] = {}
+        owner: dict[str, Any] = {}
         for path in sorted(checkpoint.glob(f"{kind}-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                owner.update(dict.fromkeys(file.keys(), path.name))
+            file: Any = safe_open(path, framework="pt")
+            owner.update(dict.fromkeys(file.keys(), file))
         return cls(checkpoint, owner)
 
     def read(self, name: str) -> torch.Tensor:
@@ -204,24 +204,16 @@ class TensorFiles:
         Raises:
             CheckpointError: the checkpoint holds no such tensor.
         """
-        from safetensors import safe_open
-
         if name not in self.owner:
             raise CheckpointError(
                 f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model, objective or optimizer"
             )
-        with safe_open(self.checkpoint / self.owner[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+        tensor: torch.Tensor = self.owner[name].get_tensor(name)
+        return tensor
 
     def read_all(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        from safetensors.torch import load_file
-
-        merged: dict[str, torch.Tensor] = {}
-        for file_name in sorted(set(self.owner.values())):
-            merged.update(load_file(self.checkpoint / file_name))
-        return merged
+        return {name: self.read(name) for name in self.owner}
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

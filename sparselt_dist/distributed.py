@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import resource
 import signal
 import socket
 import warnings
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# Of rank 0: its store and its watchdog hold a connection to each rank, gloo one for each group.
+FILES_A_RANK, OTHER_FILES = 8, 1024
 
 # Long enough for rank 0 to prepare a corpus or another rank to compile; a dead rank is noticed at once by its socket.
 GROUP_TIMEOUT = timedelta(hours=2)
@@ -134,6 +138,15 @@ def _choose_interface() -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
+def allow_open_files(world_size: int) -> None:
+    """Raise the limit of open files, usually 1024, to what rank 0 needs of them, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OTHER_FILES + FILES_A_RANK * world_size
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _meet(ranks: Ranks, backend: str, timeout: timedelta = MEETING_TIMEOUT) -> None:
     """Start torch's process group once all ranks have come to rank 0's store.
 
@@ -163,6 +176,7 @@ def initialise(ranks: Ranks) -> torch.device:
     Raises:
         RunFailureError: not all ranks came.
     """
+    allow_open_files(ranks.world_size)
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
     _rendezvous_defaults()
     _choose_interface()

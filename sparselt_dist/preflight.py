@@ -39,7 +39,7 @@ LOW_MEMORY_GIB, LOW_DISK_GIB = 1.0, 1.0
 LOW_DEVICE_SHARE = 0.5  # of a device's memory that is free: else somebody else uses it
 SLOW_WRITE_MIB, SLOW_REDUCE_MIB = 10.0, 20.0  # a second
 SKEW_SECONDS = 2.0
-MOST_SHARDS = 20_000  # looked for on every rank
+MOST_SHARDS = 2_000  # looked for on every host
 
 
 class Facts(NamedTuple):
@@ -106,18 +106,17 @@ def _write_speed(run_dir: Path, num_bytes: int) -> tuple[float, str]:
 
 
 def _missing_shard(corpora: Sequence[Corpora]) -> str:
-    """A local shard that this rank does not see; of remote ones each rank has just fetched the manifest."""
-    files = (
+    """A local shard that this host does not see, of some at even distances; the ranks together have just looked for all. Of
+    remote ones each rank has just fetched the manifest."""
+    files = [
         join(folder.location, entry.name)
         for opened in corpora
         for folder in opened.folders
         if not is_remote(folder.location)
         for entry in folder.shards
-    )
-    for _, file in zip(range(MOST_SHARDS), files, strict=False):
-        if not os.path.exists(file):
-            return file
-    return ""
+    ]
+    some = files[:: -(-len(files) // MOST_SHARDS)] if files else []
+    return next((file for file in some if not os.path.exists(file)), "")
 
 
 # ---- of all together -----------------------------------------------------------------------------------------------
@@ -244,7 +243,8 @@ def check(
     """
     started = time.perf_counter()
     num_bytes = WRITTEN_BYTES if ranks.local_rank == 0 else 0  # one a host: the others would only share its speed
-    facts = distributed.gather_objects(own_facts(config, run_dir, corpora, device, num_bytes), ranks)
+    looked_at = corpora if ranks.local_rank == 0 else ()  # the others of a host see the same
+    facts = distributed.gather_objects(own_facts(config, run_dir, looked_at, device, num_bytes), ranks)
     skews, reduce_mib = _clock_skews(ranks), _reduce_speed(ranks, device)
     findings = distributed.on_main(ranks, lambda: judge(facts, skews, reduce_mib, run_dir))
     errors = [finding for finding in findings if finding.level == "error"]

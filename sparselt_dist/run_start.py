@@ -55,25 +55,27 @@ def open_data(config: Config, ranks: distributed.Ranks) -> Data:
     validation = config.data.validation
     if train is None:
         train, validation = distributed.on_main(ranks, lambda: _prepared(config))
-    return distributed.agreed(ranks, lambda: _opened(config, train, validation))
+    return distributed.agreed(ranks, lambda: _opened(config, train, validation, ranks))
 
 
-def _opened(config: Config, where: Location, validation: str | None) -> Data:
-    train = open_corpora(where, config)
+def _opened(config: Config, where: Location, validation: str | None, ranks: distributed.Ranks) -> Data:
+    share = (ranks.rank, ranks.world_size)  # else the storage would be asked for all of it by all at once
+    train = open_corpora(where, config, share)
     tokenizer = train.check_tokenizer()
-    held_out = open_corpora(validation, config) if validation is not None else None
+    held_out = open_corpora(validation, config, share) if validation is not None else None
     if held_out is not None and held_out.manifest.tokenizer_sha256 != train.manifest.tokenizer_sha256:
         raise DataError(
             f"data.validation: {validation} was tokenized otherwise than data.train {train.name}; prepare both together"
         )
     for opened in (train, held_out):
         if opened is not None:
-            _check_rows(config, opened)
+            _check_rows(config, opened, share)
     return Data(train, held_out, tokenizer)
 
 
-def _check_rows(config: Config, corpora: Corpora) -> None:
-    """The model is made for the rows' length, and the first ids lie inside the vocabulary."""
+def _check_rows(config: Config, corpora: Corpora, share: tuple[int, int]) -> None:
+    """The model is made for the rows' length, and the first ids, of which the ranks read a share each, lie inside the
+    vocabulary."""
     found, wanted = corpora.manifest.sequence_length, config.data.sequence_length
     if found is not None and wanted is not None and found > wanted:
         raise DataError(
@@ -82,8 +84,9 @@ def _check_rows(config: Config, corpora: Corpora) -> None:
         )
     if corpora.is_remote or corpora.manifest.kind == "text":
         return
-    unread = CHECKED_TOKENS
-    for sample in range(0, corpora.num_samples, CHECKED_AT_ONCE):
+    part, parts = share
+    unread = CHECKED_TOKENS // parts
+    for sample in range(part * CHECKED_AT_ONCE, corpora.num_samples, parts * CHECKED_AT_ONCE):
         if unread <= 0:
             return
         block = corpora.ids(np.arange(sample, min(sample + CHECKED_AT_ONCE, corpora.num_samples)))

@@ -30,7 +30,6 @@ from sparselt_dist.data.storage import (
     is_remote,
     join,
     list_folder,
-    read_bytes,
 )
 from sparselt_dist.data.storage import parent as parent_of
 from sparselt_dist.data.tokenizer import check_tokenizer
@@ -159,8 +158,8 @@ class Corpora:
 # --- locations -------------------------------------------------------------------------------------------------------
 
 
-def access_of(config: Config) -> Access:
-    """How the configuration says that shards are reached."""
+def access_of(config: Config, share: tuple[int, int] = (0, 1)) -> Access:
+    """How the configuration says that shards are reached; `share` as in `Access`."""
     data = config.data
     cache = Path(data.cache_dir).expanduser() if data.cache_dir is not None else Access().cache_dir
     return Access(
@@ -169,6 +168,7 @@ def access_of(config: Config) -> Access:
         retry=RetryPolicy(attempts=data.download_attempts, timeout_seconds=data.download_timeout_seconds),
         verify_checksums=data.verify_checksums,
         skip_bad=data.on_bad_shard == "skip",
+        share=share,
     )
 
 
@@ -180,14 +180,14 @@ def text_rules(config: Config) -> TextRules:
     return TextRules(prepare.text_key, prepare.normalize, prepare.license, choice, length)
 
 
-def open_corpora(where: Location, config: Config) -> Corpora:
-    """The corpora of a location, or of several with weights.
+def open_corpora(where: Location, config: Config, share: tuple[int, int] = (0, 1)) -> Corpora:
+    """The corpora of a location, or of several with weights; `share`: of the shards to look for, as in `Access`.
 
     Raises:
         DataError: a location that cannot be read or matches nothing; tars that no manifest lists; other tokenizers.
     """
     sections = [CorpusSection(shards=where)] if isinstance(where, str) else where
-    access, rules = access_of(config), text_rules(config)
+    access, rules = access_of(config, share), text_rules(config)
     corpora = Corpora([Corpus(part.shards, _folders(part.shards, access, rules), part.weight) for part in sections])
     _check_cache(corpora, config)
     return corpora
@@ -224,8 +224,8 @@ def _folders(location: str, access: Access, rules: TextRules) -> tuple[Folder, .
 
 
 def _open_folder(folder: str, names: list[str] | None, access: Access, rules: TextRules) -> Folder:
-    if _is_prepared(folder, access):
-        return ShardFolder(folder, names=names, access=access)
+    if (prepared := _prepared(folder, names, access)) is not None:
+        return prepared
     if names is None and (is_remote(folder) or Path(folder).is_dir()):
         names = [name for name in list_folder(folder, access.retry) if name.endswith(".tar")]
     if not names:
@@ -233,14 +233,14 @@ def _open_folder(folder: str, names: list[str] | None, access: Access, rules: Te
     return RawText(folder, sorted(names), rules, access)
 
 
-def _is_prepared(folder: str, access: Access) -> bool:
-    if not is_remote(folder):
-        return (Path(folder) / MANIFEST).is_file()
+def _prepared(folder: str, names: list[str] | None, access: Access) -> ShardFolder | None:
+    """The folder's shards; None where no manifest lists them. A remote manifest, which may be large, is read once."""
+    if not is_remote(folder) and not (Path(folder) / MANIFEST).is_file():
+        return None
     try:
-        read_bytes(join(folder, MANIFEST), access.retry)
+        return ShardFolder(folder, names=names, access=access)
     except NotFoundError:
-        return False
-    return True
+        return None
 
 
 # --- one manifest ----------------------------------------------------------------------------------------------------

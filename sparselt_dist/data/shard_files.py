@@ -35,6 +35,7 @@ class Access:
         cache_bytes: bound of the copies.
         verify_checksums: hash each shard when it is opened; remote ones always are, when they are fetched.
         skip_bad: leave bad shards out, and count, instead of stopping.
+        share: (part, parts): which local shards this process looks for before a start; other processes look for the rest.
     """
 
     cache_dir: Path = field(default_factory=_user_cache)
@@ -42,6 +43,7 @@ class Access:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     verify_checksums: bool = False
     skip_bad: bool = False
+    share: tuple[int, int] = (0, 1)
 
     def cache(self) -> ShardCache:
         """The bounded cache of remote shards."""
@@ -133,15 +135,17 @@ class ShardFiles(Generic[Opened]):
         return taken
 
     def check_presence(self) -> None:
-        """Before a start: every local file is there and has its size; skipped shards are found when opened.
+        """Before a start: every local file of this process's share is there and has its size; skipped shards are found when
+        opened.
 
         Raises:
             DataError: one is missing or of another size, or the cache cannot hold the largest remote shard.
         """
         if self._cache is not None or self._access.skip_bad:
             return
-        for shard, entry in enumerate(self.entries):
-            _check_size(Path(self.url(shard)), entry)
+        part, parts = self._access.share
+        for shard in range(part, len(self.entries), parts):
+            _check_size(Path(self.url(shard)), self.entries[shard])
 
     def _open(self, shard: int) -> Opened:
         for _ in range(_OPENINGS):

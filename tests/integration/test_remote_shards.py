@@ -151,3 +151,8 @@ def open_s3(where: str, folder: Path, tmp_path: Path) -> Corpora:
     tokenizer = Config().prepare.model_copy(update={"tokenizer": str(folder / "raw" / "tokenizer")})
     data = DataSection(cache_dir=str(tmp_path / "cache"), sequence_length=16)
     return open_corpora(where, Config(data=data, prepare=tokenizer))
+
+
+def test_a_manifest_is_asked_for_once(server: FaultyServer, tmp_path: Path) -> None:
+    opened(f"{server.root}/train", tmp_path / "cache")
+    assert server.times_asked("/train/manifest.json") == 1

@@ -314,3 +314,13 @@ def test_a_window_larger_than_memory_and_open_files_is_hashed_once(
     for _ in range(3):
         assert [number_of(corpora.ids(np.array([number]))[0]) for number in range(40)] == list(range(40))
     assert len(hashed) == 4
+
+
+def test_ranks_look_for_a_share_of_the_shards_each(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "shards", numbered_rows(40))
+    (folder / "shard-000001.tar").unlink()
+    assert open_corpora(str(folder), Config(), (0, 2)).num_samples == 40
+    with pytest.raises(DataError, match=r"shard-000001\.tar"):
+        open_corpora(str(folder), Config(), (1, 2))
+    with pytest.raises(DataError, match=r"shard-000001\.tar"):
+        open_corpora(str(folder), Config())

@@ -1,12 +1,20 @@
 """Ranks from the environment, and the stop flag."""
 
 import os
+import resource
 import signal
 from datetime import timedelta
 
 import pytest
 
-from sparselt_dist.distributed import Ranks, StopFlag, _meet, first_host, ranks_from_environment
+from sparselt_dist.distributed import (
+    Ranks,
+    StopFlag,
+    _meet,
+    allow_open_files,
+    first_host,
+    ranks_from_environment,
+)
 from sparselt_dist.errors import ConfigError, RunFailureError
 from sparselt_dist.launch import free_port
 
@@ -70,3 +78,17 @@ def test_a_signal_only_sets_the_flag() -> None:
 )
 def test_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
+
+
+def test_rank_0_of_many_may_open_a_connection_to_each() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2000:
+        pytest.skip("this system lets no process open so many files")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+        allow_open_files(64)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(1024 + 64 * 8, hard), hard)
+        allow_open_files(1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(1024 + 64 * 8, hard), "it is never lowered"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from corpus_files import numbered_rows, write_folder
 
+from sparselt_dist import preflight
+from sparselt_dist.config import Config
+from sparselt_dist.data.corpora import open_folder
 from sparselt_dist.preflight import Facts, judge
 
 FOLDER = Path("runs/x")
@@ -46,3 +51,18 @@ def test_a_shared_device_is_an_error_and_slow_clocks_and_networks_are_warnings()
     assert shared == ["error: ranks 0 (a), 1 (a) share device gpu-1"]
     assert found(facts(), facts(), skews=(0.0, -7.5)) == ["warning: -7.5 s against rank 0 on rank 1 (a)"]
     assert found(facts(), facts(), reduce_mib=3.0) == ["warning: a sum over ranks moves 3.0 MiB/s"]
+
+
+def test_a_host_without_the_last_shards_is_found_by_a_look_at_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "MOST_SHARDS", 2)
+    corpora = open_folder(write_folder(tmp_path, numbered_rows(40)))
+
+    def missing() -> str:
+        return preflight.own_facts(Config(), tmp_path, [corpora], torch.device("cpu"), 0).missing
+
+    assert missing() == ""
+    for number in (2, 3):  # as a copy that was broken off leaves it
+        (tmp_path / f"shard-{number:06d}.tar").unlink()
+    assert missing() == str(tmp_path / "shard-000002.tar")
