@@ -6,7 +6,8 @@
 `faithful` is the profile, `2026` profile crammed-cpu-2026, `trainer` transformers' `Trainer` on a BERT of that size
 (`trainer_run.py`). All have the same text, vocabulary and minutes of the wall clock, so on a shared machine only runs at the
 same time (`--at-once`, started in the order of the arms) compare with each other. The yardsticks (masked cross-entropy
-and accuracy of a recovered head, at one masking rate for all) are on the same held-out rows, of packing `concatenate`.
+and accuracy of a recovered head, at one masking rate for all) are on the same held-out text, in
+rows as the arm packs them.
 A run that is there is not made again; one that was stopped goes on.
 """
 
@@ -61,14 +62,14 @@ class Comparison:
         self.minutes = minutes
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
-    def shards(self, packing: str) -> Path:
-        return self.work_dir / f"shards-{packing}"
+    def shards(self, keys: tuple[str, ...] = ()) -> Path:
+        return self.work_dir / "-".join(["shards", *(key.partition("=")[2] for key in keys)])
 
-    def prepare(self, packing: str) -> None:
-        folder = self.shards(packing)
+    def prepare(self, keys: tuple[str, ...]) -> None:
+        folder = self.shards(keys)
         if not (folder / "train" / "manifest.json").exists():
-            keys = [f"prepare.output_dir={folder}", f"prepare.packing={packing}"]
-            self._run("prepare", ["-m", "sparselt_dist.prepare", "--config", FAITHFUL, *keys])
+            command = ["-m", "sparselt_dist.prepare", "--config", FAITHFUL, f"prepare.output_dir={folder}", *keys]
+            self._run("prepare", command)
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
         """The summary of an arm's run, with its yardsticks."""
@@ -78,10 +79,8 @@ class Comparison:
             folder = self._train(name, arm, seed)
             summary = json.loads((folder / "summary.json").read_text())
             subject = folder if arm == "trainer" else folder / "model"
-            data = [
-                f"--{key}={self.shards('concatenate') / part}"
-                for key, part in (("data", "train"), ("validation", "validation"))
-            ]
+            rows = self.shards(shards_of(arm))
+            data = [f"--data={rows / 'train'}", f"--validation={rows / 'validation'}"]
             task = ["--tasks", "yardsticks", "--output", str(results)]
             self._run(f"{name}.evaluate", ["-m", "sparselt_dist.evaluate", str(subject), *data, *task])
             measured = json.loads(results.read_text())
@@ -95,9 +94,9 @@ class Comparison:
         if arm == "trainer":
             script = Path(__file__).with_name("trainer_run.py")
             limits = [f"--seconds={self.minutes * 60}", f"--seed={seed}", f"--output={folder}"]
-            self._run(name, [str(script), f"--shards={self.shards('concatenate')}", *limits])
+            self._run(name, [str(script), f"--shards={self.shards()}", *limits])
             return folder
-        shards = self.shards(packing_of(arm))
+        shards = self.shards(shards_of(arm))
         data = [f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"]
         place = [f"run.output_dir={folder}", f"run.name={name}", f"run.seed={seed}", "log.mlflow_uri=null"]
         limits = [f"budget.max_hours={self.minutes / 60}", "train.evaluate_every_steps=100", "train.yardsticks=false"]
@@ -112,8 +111,11 @@ class Comparison:
             )
 
 
-def packing_of(arm: str) -> str:
-    return "best-fit" if arm in ("best-fit", "2026") else "concatenate"
+def shards_of(arm: str) -> tuple[str, ...]:
+    """What of the preparation an arm changes: keys of `pretrain` and `prepare` alike."""
+    if arm == "2026":
+        return ("prepare.packing=best-fit",)
+    return tuple(key for key in ARMS[arm][1] if key.startswith("prepare."))
 
 
 def main() -> None:
@@ -127,8 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(args.work_dir, args.minutes, args.threads)
-    for packing in {"concatenate", *map(packing_of, args.arms)}:
-        comparison.prepare(packing)
+    for keys in {(), *map(shards_of, args.arms)}:
+        comparison.prepare(keys)
     jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
     print("| arm | seed | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * (len(COLUMNS) + 1) + "|")
     with ThreadPoolExecutor(args.at_once) as pool:

@@ -3,7 +3,7 @@
     python tests/benchmarks/trainer_run.py --shards shards/crammed-cpu --seconds 3600 --output /tmp/trainer
 
 BERT of as many weights as profile `crammed-cpu`, its batch, peak rate and precision. What the profile has beyond that
-(schedule by the clock, batch ramp, order of rows, exact masks) it has not: the rate falls linearly over the steps that a
+(schedule by the clock, batch ramp, exact masks) it has not: the rate falls linearly over the steps that a
 first trial says will fit, and the run ends at the deadline. The clock starts with training.
 """
 
@@ -27,8 +27,8 @@ from transformers import (
     TrainingArguments,
 )
 
-SIZES = {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 1024}
-BATCH, MICRO_BATCH, PEAK_LR, WARM_UP, TRIAL_STEPS = 128, 16, 1e-3, 0.02, 6
+SIZES = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
+BATCH, MICRO_BATCH, PEAK_LR, WARM_UP, TRIAL_STEPS = 64, 16, 3e-3, 0.02, 12
 
 
 class Deadline(TrainerCallback):
