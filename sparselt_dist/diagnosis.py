@@ -22,6 +22,7 @@ from sparselt_dist import extensions
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import make_plan, resolve_deepspeed
 from sparselt_dist.errors import SparseltError
+from sparselt_dist.redaction import shown
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora, Location
@@ -115,8 +116,8 @@ def check_tracking(config: Config) -> list[Finding]:
             return [Finding("ok", "log.mlflow_uri", uri)]
         return [Finding("warning", "log.mlflow_uri", f"{uri}: {fault}", "set log.mlflow_uri to a file you may write")]
     if scheme in ("http", "https"):
-        return [_http_finding(uri)]
-    return [Finding("note", "log.mlflow_uri", f"{uri}: not checked")]
+        return [_http_finding(shown(uri))]  # an answer that asks for a password is one
+    return [Finding("note", "log.mlflow_uri", f"{shown(uri)}: not checked")]
 
 
 def _http_finding(uri: str) -> Finding:

@@ -24,6 +24,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from sparselt_dist.data.transports import TransferFault, list_s3, open_body, put_s3, split_s3
 from sparselt_dist.errors import DataError
+from sparselt_dist.redaction import shown
 
 LONGEST_PAUSE_SECONDS = 30.0
 _REMOTE = ("http://", "https://", "s3://")
@@ -61,14 +62,6 @@ def is_remote(location: str) -> bool:
 
 def _split_http(location: str) -> SplitResult | None:
     return urlsplit(location) if location.startswith(("http://", "https://")) else None
-
-
-def shown(location: str) -> str:
-    """A location as messages show it: without the query and password of an HTTP address, which may be secrets."""
-    parts = _split_http(location)
-    if parts is None:
-        return location
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def join(folder: str, name: str) -> str:
