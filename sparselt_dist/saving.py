@@ -65,7 +65,7 @@ class Saving:
         self.journal = journal
         section = config.checkpoint
         self.uploader = Uploader(section.upload, say) if section.upload is not None and ranks.is_main else None
-        scratch = None if section.scratch_dir is None else Path(section.scratch_dir)
+        scratch = None if section.scratch_dir is None else Path(section.scratch_dir).expanduser()
         self.writer = CheckpointWriter(
             run_dir,
             ranks,
