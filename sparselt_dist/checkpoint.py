@@ -122,6 +122,8 @@ def verify(checkpoint: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"checkpoint {checkpoint}: COMPLETE cannot be read ({error})") from None
     noted = meta.get("files", {})
+    if (outside := next((name for name in noted if Path(name).name != name), None)) is not None:
+        raise CheckpointError(f"checkpoint {checkpoint}: meta.json names {outside!r}, expected files of its own folder")
     # Earlier versions noted no sum of config.json, nor one of meta.json.
     is_earlier = "config.json" not in noted and mark == f"{meta.get('step')}\n".encode()
     if not is_earlier and mark != complete_mark(meta.get("step"), checkpoint / "meta.json").encode():

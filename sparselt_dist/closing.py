@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparselt_dist.metrics import format_count, format_duration
+from sparselt_dist.redaction import shown
 
 
 def closing_text(summary: dict[str, Any], run_dir: Path, times: dict[str, float], mlflow_uri: str | None) -> str:
@@ -25,7 +26,7 @@ def closing_text(summary: dict[str, Any], run_dir: Path, times: dict[str, float]
     if summary.get("model_dir"):
         lines.append(f"  model        {summary['model_dir']} (Hugging Face format)")
     if mlflow_uri:
-        lines.append(f"  MLflow       mlflow ui --backend-store-uri {mlflow_uri}")
+        lines.append(f"  MLflow       mlflow ui --backend-store-uri {shown(mlflow_uri)}")
     if summary["status"] == "stopped":
         lines.append("  next         the same command continues this run")
     else:

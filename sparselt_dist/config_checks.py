@@ -112,6 +112,7 @@ def _is_a(value: Any, name: str) -> bool:
 
 def check_contradictions(config: Config, merged: Merged, faults: Faults, *, for_training: bool) -> None:
     """Note values that are sound alone and wrong together; a key already at fault is not reported again."""
+    _check_run(config, merged, faults)
     _check_budget(config, merged, faults, for_training)
     _check_expected_loss(config, merged, faults)
     _check_data(config, merged, faults, for_training)
@@ -122,6 +123,16 @@ def check_contradictions(config: Config, merged: Merged, faults: Faults, *, for_
         values = read_ds_config(config.train.deepspeed_config, merged.source("train.deepspeed_config"), faults)
         if not faults.touch("train", "optim.clip_norm"):
             check_ds_config(config, values, faults)
+
+
+def _check_run(config: Config, merged: Merged, faults: Faults) -> None:
+    """A name that names the folder too stays inside runs/, whoever wrote the configuration."""
+    name, path = config.run.name, "run.name"
+    is_folder = name not in (".", "..") and not {"/", "\0"} & set(name)
+    if faults.touch(path) or (name.strip() and (is_folder or config.run.output_dir is not None)):
+        return
+    fix = "name the folder itself in run.output_dir" if name.strip() else "set run.name=NAME"
+    faults.add(merged.source(path), path, show(name), "a name that can be that of one folder in runs/", fix)
 
 
 def _check_budget(config: Config, merged: Merged, faults: Faults, for_training: bool) -> None:

@@ -35,6 +35,7 @@ from sparselt_dist.config_layers import (
 from sparselt_dist.errors import ConfigError, PluginError
 from sparselt_dist.objectives.base import available, get_objective
 from sparselt_dist.objectives.settings import BUILT_IN_SETTINGS, MixConfig, PartConfig
+from sparselt_dist.redaction import shown_in
 from sparselt_dist.run_plan import RunPlan, make_plan, resolve_deepspeed
 
 __all__ = [
@@ -112,10 +113,13 @@ def load_config(
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML, the objective's own defaults included; `load_config` reads it back."""
+    """The whole configuration as YAML, the objective's own defaults included; `load_config` reads it back.
+
+    Passwords and tokens of addresses are left out, see `redaction.py`: it stays with the run and goes to MLflow.
+    """
     values = config.model_dump(mode="json")
     values["objective"] |= _dumped(objective_settings(config))
-    return write_yaml(values)
+    return write_yaml(shown_in(values))
 
 
 def _dumped(settings: Any) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from sparselt_dist import extensions
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import make_plan, resolve_deepspeed
 from sparselt_dist.errors import SparseltError
+from sparselt_dist.redaction import shown
+from sparselt_dist.run_plan import run_dir
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora, Location
@@ -86,19 +88,44 @@ def _write_fault(folder: Path) -> str | None:
 
 def check_output(config: Config) -> list[Finding]:
     """The run's folder can be written, and its disk has room."""
-    folder = Path(config.run.output_dir or f"runs/{config.run.name}")
+    fix = "free space, lower checkpoint.keep, or set run.output_dir elsewhere"
+    return [_folder_finding("run.output_dir", Path(run_dir(config)), fix)]
+
+
+def _folder_finding(key: str, folder: Path, more_room: str) -> Finding:
+    """A folder that may not exist yet: it can be written, and its disk has room."""
     fault = _write_fault(folder)
     if fault is not None:
-        fix = "set run.output_dir to a folder you may write, or change its rights"
-        return [Finding("error", "run.output_dir", f"{folder} cannot be written: {fault}", fix)]
+        fix = f"set {key} to a folder you may write, or change its rights"
+        return Finding("error", key, f"{folder} cannot be written: {fault}", fix)
     free = shutil.disk_usage(_existing_parent(folder)).free / GIB
     found = f"{free:.1f} GiB free for {folder}"
     if free >= _LOW_DISK_GIB:
-        return [Finding("ok", "run.output_dir", found)]
-    level: Literal["error", "warning"] = "error" if free < _LEAST_DISK_GIB else "warning"
-    return [
-        Finding(level, "run.output_dir", found, "free space, lower checkpoint.keep, or set run.output_dir elsewhere")
-    ]
+        return Finding("ok", key, found)
+    return Finding("error" if free < _LEAST_DISK_GIB else "warning", key, found, more_room)
+
+
+def check_scratch(config: Config) -> list[Finding]:
+    """The disk that a checkpoint is copied to before it is written; how large the copy is, `plan` says."""
+    section = config.checkpoint
+    if section.scratch_dir is None:
+        return []
+    fix = "free space (12 bytes a parameter, shared out over the ranks), or set checkpoint.scratch_dir=null"
+    return [_folder_finding("checkpoint.scratch_dir", Path(section.scratch_dir).expanduser(), fix)]
+
+
+def check_upload(config: Config) -> list[Finding]:
+    """The store that checkpoints are copied to takes an object, which is removed again."""
+    from sparselt_dist.data.storage import RetryPolicy, try_writing
+
+    target = config.checkpoint.upload
+    if target is None:
+        return []
+    try:
+        try_writing(target, RetryPolicy(attempts=2, timeout_seconds=_HTTP_SECONDS))
+    except SparseltError as error:
+        return [_from_error("checkpoint.upload", error)]
+    return [Finding("ok", "checkpoint.upload", f"{target} can be written")]
 
 
 def check_tracking(config: Config) -> list[Finding]:
@@ -115,8 +142,8 @@ def check_tracking(config: Config) -> list[Finding]:
             return [Finding("ok", "log.mlflow_uri", uri)]
         return [Finding("warning", "log.mlflow_uri", f"{uri}: {fault}", "set log.mlflow_uri to a file you may write")]
     if scheme in ("http", "https"):
-        return [_http_finding(uri)]
-    return [Finding("note", "log.mlflow_uri", f"{uri}: not checked")]
+        return [_http_finding(shown(uri))]  # an answer that asks for a password is one
+    return [Finding("note", "log.mlflow_uri", f"{shown(uri)}: not checked")]
 
 
 def _http_finding(uri: str) -> Finding:

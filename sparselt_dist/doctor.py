@@ -21,9 +21,11 @@ from sparselt_dist.diagnosis import (
     check_memory,
     check_output,
     check_packages,
+    check_scratch,
     check_slurm,
     check_split,
     check_tracking,
+    check_upload,
 )
 from sparselt_dist.errors import SparseltError
 
@@ -71,6 +73,8 @@ def _run(args: argparse.Namespace) -> int:
         places: list[Callable[[], list[Finding]]] = [
             lambda: check_output(config),
             lambda: check_tracking(config),
+            lambda: check_scratch(config),
+            lambda: check_upload(config),
         ]
         findings += _show("places", (finding for check in places for finding in check()))
     machine = (check_packages, check_build_tools, check_launcher, check_memory, check_slurm)

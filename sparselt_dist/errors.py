@@ -1,7 +1,10 @@
 """The errors a user can mend. Each carries one message; every command turns it into exit code 2.
 
-A message says what was found, where, what was expected and what to do.
+A message says what was found, where, what was expected and what to do. Passwords and tokens of the addresses in it are
+left out here, wherever it was made, for it goes to terminals, logs and MLflow.
 """
+
+from sparselt_dist.redaction import scrubbed
 
 
 class SparseltError(Exception):
@@ -9,6 +12,9 @@ class SparseltError(Exception):
 
     silent = False
     """Another rank says it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrubbed(message))
 
 
 class ConfigError(SparseltError):
@@ -32,3 +38,6 @@ class RunFailureError(RuntimeError):
 
     silent = False
     """Another rank says it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrubbed(message))

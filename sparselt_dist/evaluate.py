@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparselt_dist import cli
 from sparselt_dist.errors import CheckpointError, ConfigError
+from sparselt_dist.redaction import scrubbed, shown
 
 if TYPE_CHECKING:
     from sparselt_dist.evaluation.tasks import Shards, Subject
@@ -184,11 +185,11 @@ def _log_to_mlflow(subject: Subject, metrics: dict[str, float], args: argparse.N
         sink.deliver([line])
     except Exception as cause:  # stores fail with errors of many libraries
         print(
-            f"warning: MLflow at {uri} was not told ({type(cause).__name__}: {cause}); run it again later",
+            scrubbed(f"warning: MLflow at {uri} was not told ({type(cause).__name__}: {cause}); run it again later"),
             file=sys.stderr,
         )
     else:
-        print(f"MLflow: {sink.sent} new metrics in {uri}")
+        print(f"MLflow: {sink.sent} new metrics in {shown(uri)}")
 
 
 def _text_name(metric: str, args: argparse.Namespace) -> str:

@@ -22,11 +22,13 @@ from typing import Any, Final
 
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.journal import JOURNAL_NAME, replace_file
+from sparselt_dist.redaction import shown
 
 STATE_NAME: Final = "mlflow.json"
 LOG_NAME: Final = "mlflow.log"
 SUMMARY_NAME: Final = "summary.json"
 PROCESS_NAME: Final = "process.json"
+STORE_VARIABLE: Final = "SPARSELT_FOLLOWED_STORE"
 # What the follower must outlive: it ends when the run has ended, not when the run is told to.
 BLOCKED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _POLL_SECONDS: Final = 0.05
@@ -45,7 +47,7 @@ def resolve_store_uri(uri: str, base: Path | None = None) -> str:
         return prefix + str((base or Path.cwd()).joinpath(path).absolute())
     if not re.match(r"(https?|sqlite|postgresql|mysql|mssql)(\+\w+)?://|databricks", uri):
         raise ConfigError(
-            f"log.mlflow_uri: found {uri!r}, expected sqlite:///FILE, http://HOST:PORT or a data base's URI; "
+            f"log.mlflow_uri: found {shown(uri)!r}, expected sqlite:///FILE, http://HOST:PORT or a data base's URI; "
             "MLflow keeps no new runs in plain folders, use a SQLite file"
         )
     return uri
@@ -105,18 +107,19 @@ def start_follower(run_dir: Path, uri: str, parent_pid: int) -> subprocess.Popen
     """Start the side process; call it on rank 0 after an old summary.json was removed and before training.
 
     It takes experiment, parameters and tags from `config.resolved.yaml`, `environment.json` and `run_id`, which must
-    stand in the folder. Raises ConfigError for a store that MLflow does not take.
+    stand in the folder. The store's URI travels in its environment: a command line is shown to every user of the
+    machine. Raises ConfigError for a store that MLflow does not take.
     """
     run_dir, uri = Path(run_dir).absolute(), resolve_store_uri(uri)
     state = read_json(run_dir / STATE_NAME)
-    if state.get("uri") != uri:
+    if state.get("uri") != shown(uri):
         (run_dir / STATE_NAME).unlink(missing_ok=True)
     else:
         replace_file(run_dir / STATE_NAME, json.dumps({**state, "delivered": False}).encode())
     command = [sys.executable, "-m", "sparselt_dist.mlflow_sync", "--follow", str(run_dir)]
-    command += ["--parent", str(parent_pid), "--uri", uri]
+    command += ["--parent", str(parent_pid)]
     # One thread and no GPU: it must not take what training uses.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", STORE_VARIABLE: uri}
     # Blocked signals are inherited: none of these reaches it, not even in its first moments.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:

@@ -27,6 +27,7 @@ from sparselt_dist.config import LogSection
 from sparselt_dist.errors import DataError
 from sparselt_dist.follower import SUMMARY_NAME, read_json
 from sparselt_dist.journal import replace_file
+from sparselt_dist.redaction import shown_in
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -238,7 +239,7 @@ class MlflowSink:
         `sparselt.changed.<key>`."""
         from mlflow.entities import Param, RunTag
 
-        wanted = {_legal_key(key): text[:_PARAM_CHARACTERS] for key, text in flatten(self.config).items()}
+        wanted = {_legal_key(key): text[:_PARAM_CHARACTERS] for key, text in flatten(shown_in(self.config)).items()}
         stored = run.data.params
         new = [Param(key, text) for key, text in wanted.items() if key not in stored]
         for begin in range(0, len(new), _PARAMS_PER_BATCH):

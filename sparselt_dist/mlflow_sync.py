@@ -21,6 +21,7 @@ from sparselt_dist.cli import make_parser, run_command
 from sparselt_dist.errors import ConfigError, DataError, SparseltError
 from sparselt_dist.follower import (
     STATE_NAME,
+    STORE_VARIABLE,
     SUMMARY_NAME,
     process_birth,
     read_json,
@@ -28,6 +29,7 @@ from sparselt_dist.follower import (
     run_is_alive,
 )
 from sparselt_dist.journal import JOURNAL_NAME, Journal, parse_lines, replace_file
+from sparselt_dist.redaction import scrubbed, shown
 
 if TYPE_CHECKING:
     from sparselt_dist.mlflow_sink import FinalStatus, MlflowSink
@@ -78,7 +80,7 @@ class JournalTail:
 def feeding(run_dir: Path, uri: str, wait: Callable[[], bool]) -> Iterator[bool]:
     """Be the only process that feeds this store from this folder; yields False if another is and `wait()` says to
     give up. On a file system without locks it goes on without."""
-    name = f".mlflow-{hashlib.sha256(uri.encode()).hexdigest()[:8]}.lock"
+    name = f".mlflow-{hashlib.sha256(shown(uri).encode()).hexdigest()[:8]}.lock"
     with (run_dir / name).open("ab") as file:
         while True:
             try:
@@ -117,7 +119,7 @@ class Follower:
         self._state: dict[str, Any] = {
             "run_id": None,
             "experiment_id": None,
-            "uri": uri,
+            "uri": shown(uri),
             "points": 0,
             "outages": 0,
             "outage_seconds": 0.0,
@@ -126,7 +128,9 @@ class Follower:
             "error": None,
         }
         self._state |= {
-            key: earlier[key] for key in ("run_id", "experiment_id") if earlier.get("uri") == uri and key in earlier
+            key: earlier[key]
+            for key in ("run_id", "experiment_id")
+            if earlier.get("uri") == shown(uri) and key in earlier
         }
 
     def run(self) -> int:
@@ -192,7 +196,7 @@ class Follower:
         return status is not None
 
     def _count_failure(self, error: Exception) -> None:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        text = scrubbed(" ".join(f"{type(error).__name__}: {error}".split()))[:500]
         if self._down_since is None:
             self._down_since = time.monotonic()
             self._note(outages=self._state["outages"] + 1, error=text)
@@ -265,7 +269,7 @@ def sync(run_dir: Path, uri: str | None, experiment: str | None) -> str:
 
     with feeding(run_dir, store, wait) as alone:
         if not alone:
-            return f"{run_dir}: the run is in training and feeds {store} itself"
+            return f"{run_dir}: the run is in training and feeds {shown(store)} itself"
         lines = Journal.read(run_dir)
         sink = MlflowSink(run_dir, store, experiment)
         try:
@@ -273,14 +277,14 @@ def sync(run_dir: Path, uri: str | None, experiment: str | None) -> str:
         except SparseltError:
             raise
         except Exception as error:  # whatever the store fails with, it is the user's to mend
-            text = " ".join(str(error).split())[:300]
+            text = scrubbed(" ".join(str(error).split()))[:300]
             raise ConfigError(
                 f"{run_dir}: the store {store} failed ({type(error).__name__}: {text}); "
                 "expected a reachable MLflow store; start it or name another with --uri, then repeat"
             ) from error
     return (
         f"{run_dir}: {sink.sent} points sent, {sink.already_there} already there, status {status}, "
-        f"MLflow run {sink.run_id} in {store}"
+        f"MLflow run {sink.run_id} in {shown(store)}"
     )
 
 
@@ -294,8 +298,9 @@ def _bring(sink: MlflowSink, lines: Sequence[dict[str, Any]]) -> str:
     status = status or "FAILED"
     sink.finish(status, end_time or (lines[-1].get("time") if lines else None))
     earlier = read_json(sink.run_dir / STATE_NAME)
-    if earlier.get("uri", sink.uri) == sink.uri:
-        state = {**earlier, "run_id": run_id, "experiment_id": sink.experiment_id, "uri": sink.uri}
+    public = shown(sink.uri)
+    if earlier.get("uri", public) == public:
+        state = {**earlier, "run_id": run_id, "experiment_id": sink.experiment_id, "uri": public}
         state |= {"status": status, "delivered": True, "error": None}
         replace_file(sink.run_dir / STATE_NAME, json.dumps(state, indent=1).encode())
     return status
@@ -318,9 +323,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.follow is not None:
-        if arguments.parent is None or arguments.uri is None:
+        uri = arguments.uri or os.environ.pop(STORE_VARIABLE, None)
+        if arguments.parent is None or uri is None:
             raise ConfigError("--follow: expected --parent PID and --uri with it")
-        return follow(arguments.follow, resolve_store_uri(arguments.uri), arguments.parent)
+        return follow(arguments.follow, resolve_store_uri(uri), arguments.parent)
     if not arguments.run_dirs:
         raise ConfigError("found no RUN_DIR, expected one or more folders of runs, such as runs/*")
     for run_dir in arguments.run_dirs:

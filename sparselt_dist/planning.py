@@ -74,6 +74,8 @@ class Layout:
     """Gradients are reduced while the backward pass runs."""
     reduces_to_all: bool = True
     """Stages 1 and 2 reduce by all-reduce (DeepSpeed's default), rather than to each part's owner."""
+    copies_checkpoints: bool = False
+    """Training goes on beside a copy in memory of what a checkpoint holds."""
 
     @property
     def name(self) -> str:
@@ -96,7 +98,7 @@ class Memory:
     overhead: float
     total: float
     host: float
-    """In host memory, by offload."""
+    """In host memory, by offload and by the copy that a checkpoint is written from."""
 
 
 def formula_saved(facts_of: tuple[int, int, int, int], precision: Precision, length: float) -> SavedBytes:
@@ -136,6 +138,8 @@ def estimate_memory(facts: ModelFacts, layout: Layout, device: Device) -> Memory
     # two moments, and from stage 1 on the optimizer's own copy of its share of the weights
     optimizer = 2 * whole if stage == 0 else 3 * share
     host = (optimizer + share if layout.offload_optimizer else 0.0) + (weights if layout.offload_parameters else 0.0)
+    if layout.copies_checkpoints:  # weights and two moments, each tensor at one of the ranks
+        host += 3 * share
     if layout.offload_parameters:  # a layer and the next one are on the device
         weights *= 2 / max(facts.num_layers, 2)
     if layout.offload_optimizer:
@@ -183,7 +187,8 @@ def _buffers(facts: ModelFacts, layout: Layout, device: Device) -> tuple[float, 
 
 def layouts(config: Config, plan: RunPlan, world_size: int, ds_values: dict[str, Any], length: float) -> list[Layout]:
     """ZeRO 0 to 3 and ZeRO-3 with full offload, and in front the configuration's own layout."""
-    zero = ds_values.get("zero_optimization", {})
+    zero, saving = ds_values.get("zero_optimization", {}), config.checkpoint
+    copies = saving.asynchronous and saving.scratch_dir is None and saving.every_steps is not None
 
     def layout(stage: int, offload_optimizer: bool, offload_parameters: bool) -> Layout:
         return Layout(
@@ -199,6 +204,7 @@ def layouts(config: Config, plan: RunPlan, world_size: int, ds_values: dict[str,
             prefetch_elements=int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)),
             overlaps=bool(zero.get("overlap_comm", stage == 3)) and stage >= 1,
             reduces_to_all=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
+            copies_checkpoints=copies,
         )
 
     own = layout(plan.zero_stage, _offloads(zero, "offload_optimizer"), _offloads(zero, "offload_param"))

@@ -1,8 +1,9 @@
 """Each rank's output in a file of its own, every line with time, rank and step.
 
 From `start` on, what the rank writes to sys.stdout and sys.stderr, warnings and tracebacks included, goes where it went
-before and into `logs/rank_00003.log` of the run folder. What is written before that folder is known is kept until then.
-A full disk costs the log, never the run. What C libraries write themselves goes only where it went before.
+before and into `logs/rank_00003.log` of the run folder, there without the passwords and tokens of addresses. What is
+written before that folder is known is kept until then. A full disk costs the log, never the run. What C libraries write
+themselves goes only where it went before.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import IO, Any, TextIO
+
+from sparselt_dist.redaction import scrubbed
 
 FOLDER = "logs"
 _KEPT_LINES = 1000  # of what was written before the folder is known
@@ -50,7 +53,7 @@ class RankLog:
 
     def write(self, line: str) -> None:
         """Put down one line, without its end."""
-        text = _ESCAPES.sub("", line.rstrip().rpartition("\r")[2])
+        text = scrubbed(_ESCAPES.sub("", line.rstrip().rpartition("\r")[2]))
         if not text:
             return
         stamped = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} rank {self.rank} step {self.step}: {text}\n"

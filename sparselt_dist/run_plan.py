@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,11 @@ class RunPlan:
     ds_config_path: str | None
 
 
+def run_dir(config: Config) -> str:
+    """The run's folder; `~` is the user's, which a shell does not fill in behind `run.output_dir=`."""
+    return os.path.expanduser(config.run.output_dir or f"runs/{config.run.name}")
+
+
 def make_plan(config: Config, world_size: int) -> RunPlan:
     """Split the global batch over ranks and micro-steps.
 
@@ -44,7 +50,7 @@ def make_plan(config: Config, world_size: int) -> RunPlan:
     faults.raise_if_any()
     path = find_ds_config(name) if name is not None else None
     return RunPlan(
-        output_dir=config.run.output_dir or f"runs/{config.run.name}",
+        output_dir=run_dir(config),
         micro_batch_size=micro_batch_size,
         accumulation_steps=config.train.global_batch_size // (micro_batch_size * world_size),
         zero_stage=(config.train.zero_stage or 0) if stage is None else stage,

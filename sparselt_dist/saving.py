@@ -20,6 +20,7 @@ from sparselt_dist.checkpoint_writer import CheckpointWriter, Contents
 from sparselt_dist.committing import Retention
 from sparselt_dist.config import Config
 from sparselt_dist.errors import RunFailureError, SparseltError
+from sparselt_dist.redaction import shown_in
 from sparselt_dist.snapshot import Snapshot
 from sparselt_dist.uploading import Uploader
 
@@ -64,7 +65,7 @@ class Saving:
         self.journal = journal
         section = config.checkpoint
         self.uploader = Uploader(section.upload, say) if section.upload is not None and ranks.is_main else None
-        scratch = None if section.scratch_dir is None else Path(section.scratch_dir)
+        scratch = None if section.scratch_dir is None else Path(section.scratch_dir).expanduser()
         self.writer = CheckpointWriter(
             run_dir,
             ranks,
@@ -184,7 +185,7 @@ class Saving:
                 "prelude": None if self.prelude is None else self.prelude._asdict(),
                 "data_manifest_sha256": self.manifest.sha256,
                 "tokenizer_sha256": self.manifest.tokenizer_sha256,
-                "config": self.config.model_dump(mode="json"),
+                "config": shown_in(self.config.model_dump(mode="json")),
             },
         )
 

@@ -25,8 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparselt_dist.data.storage import RetryPolicy, basename, download, shown
+from sparselt_dist.data.storage import RetryPolicy, basename, download
 from sparselt_dist.errors import DataError
+from sparselt_dist.redaction import shown
 
 PREFETCH_THREADS = 4
 _PARTIAL = "partial-"
@@ -124,7 +125,9 @@ class ShardCache:
     def _copy(self, wanted: Wanted) -> Path:
         url, _, sha256 = wanted
         digest = hashlib.sha256(f"{url}\n{sha256 or ''}".encode()).hexdigest()[:32]
-        return self.folder / f"{digest}-{basename(url)[-150:]}"  # file systems allow 255 bytes
+        # An address may spell any byte, a slash as %2F among them; file systems allow 255 bytes.
+        name = re.sub(r"[^\w.=+-]", "_", basename(url)[-150:], flags=re.ASCII)
+        return self.folder / f"{digest}-{name}"
 
     def _try_to_bring(self, wanted: Wanted, copy: Path, keep: frozenset[Path]) -> None:
         """Bring an object unless that takes room from others or another is at it."""

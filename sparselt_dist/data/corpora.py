@@ -35,6 +35,7 @@ from sparselt_dist.data.storage import parent as parent_of
 from sparselt_dist.data.tokenizer import check_tokenizer
 from sparselt_dist.errors import DataError
 from sparselt_dist.objectives.base import TokenizerInfo
+from sparselt_dist.redaction import shown
 
 Folder = ShardFolder | RawText
 Location = str | Sequence[CorpusSection]
@@ -69,7 +70,7 @@ class Corpora:
         self._shard_starts = np.concatenate([[0], self._shard_ends])
         self._first_shards = np.cumsum([0, *(len(shards) for shards in sizes)])
         self._shard_names = [
-            (entry.name if len(self.folders) == 1 else join(folder.location, entry.name)).removesuffix(".tar")
+            (entry.name if len(self.folders) == 1 else shown(join(folder.location, entry.name))).removesuffix(".tar")
             for folder in self.folders
             for entry in folder.shards
         ]
@@ -188,7 +189,9 @@ def open_corpora(where: Location, config: Config, share: tuple[int, int] = (0, 1
     """
     sections = [CorpusSection(shards=where)] if isinstance(where, str) else where
     access, rules = access_of(config, share), text_rules(config)
-    corpora = Corpora([Corpus(part.shards, _folders(part.shards, access, rules), part.weight) for part in sections])
+    corpora = Corpora(
+        [Corpus(shown(part.shards), _folders(part.shards, access, rules), part.weight) for part in sections]
+    )
     _check_cache(corpora, config)
     return corpora
 

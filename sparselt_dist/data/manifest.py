@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 RUN_COPY = "data_manifest.json"
+
+_FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
 
 Kind = Literal["rows", "packed", "documents", "text"]  # text: raw text of others, tokenized on the fly
 Dtype = Literal["uint16", "uint32"]
@@ -162,11 +165,22 @@ def parse_manifest(content: bytes, path: str) -> Manifest:
             f"{path}: found format {manifest.format!r} version {manifest.format_version}, expected {FORMAT!r} version "
             f"{FORMAT_VERSION}; prepare the text again with this version of sparselt_dist"
         )
+    _check_names(manifest, path)
     if not manifest.shards or manifest.samples == 0:
         raise DataError(
             f"{path}: lists no sample; expected at least one shard; prepare the folder again with more text"
         )
     return dataclasses.replace(manifest, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _check_names(manifest: Manifest, path: str) -> None:
+    """A shard lies beside its manifest: whoever wrote that must not choose what else is read, here or on the server."""
+    outside = (entry.name for entry in manifest.shards if not _FILE_NAME.fullmatch(entry.name))
+    if (name := next(outside, None)) is not None:
+        raise DataError(
+            f"{path}: lists the shard {name!r}, expected the name of a file beside it; do not use this folder, or "
+            "prepare the text again"
+        )
 
 
 def write_copy(manifest: Manifest, folder: Path) -> None:

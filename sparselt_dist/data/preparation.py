@@ -72,7 +72,7 @@ def prepare(config: Config, progress: bool = True, part: Part = ONE_PART) -> Pre
         DataError: a source or the output folder cannot be used, or the folder holds shards of another configuration.
     """
     started = time.monotonic()
-    output = Path(config.prepare.output_dir)
+    output = Path(config.prepare.output_dir).expanduser()
     folders = _folders(output, config.prepare.validation_fraction)
     wanted = identity(config)
     existing = _existing(output, wanted)

@@ -42,7 +42,7 @@ def scan_tar(path: Path, kind: Kind) -> list[Member]:
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                if not info.name.endswith(".npy"):
+                if not info.isfile() or not info.name.endswith(".npy"):  # a link is no shard's own array
                     continue
                 file = tar.extractfile(info)
                 assert file is not None

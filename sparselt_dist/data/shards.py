@@ -16,7 +16,9 @@ is replaced by a scan of the tar), the tar and the manifest are the record. `sha
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +33,8 @@ from sparselt_dist.data.storage import NotFoundError, is_remote, join, read_byte
 from sparselt_dist.errors import DataError
 
 HELD_SHARD_BYTES = 16 * 2**20  # a shard up to this size is kept in memory while it is open
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Stored(NamedTuple):
@@ -131,10 +134,16 @@ class ShardFolder:
         """Local folder of the tokenizer; a remote one is copied into the cache."""
         if not is_remote(self.location):
             return Path(self.location) / TOKENIZER
-        folder = self._access.cache_dir / "tokenizers" / self.manifest.tokenizer_sha256
+        sha256 = self.manifest.tokenizer_sha256
+        if not re.fullmatch("[0-9a-f]{64}", sha256):  # it names a folder of the cache
+            raise DataError(
+                f"{join(self.location, MANIFEST)}: tokenizer_sha256 is {sha256!r}, expected a SHA-256; prepare the text again"
+            )
+        folder = self._access.cache_dir / "tokenizers" / sha256
         for name in reversed(TOKENIZER_FILES):  # the one that must be there comes last
             if not (folder / name).exists():
-                _copy(join(join(self.location, TOKENIZER), name), folder / name, self._access)
+                expected = sha256 if name == TOKENIZER_FILE else None
+                _copy(join(join(self.location, TOKENIZER), name), folder / name, self._access, expected)
         return folder
 
     def _read_manifest(self) -> Manifest:
@@ -185,12 +194,22 @@ class ShardFolder:
         return opened.lengths if opened is not None else np.zeros(0, np.int64)
 
 
-def _copy(url: str, target: Path, access: Access) -> None:
-    """A small remote file into the cache; one that does not exist is no fault here."""
+def _copy(url: str, target: Path, access: Access, expected_sha256: str | None) -> None:
+    """A small remote file into the cache; one that does not exist is no fault here.
+
+    Raises:
+        DataError: it cannot be had, or is another one: under this hash others' shards would find it.
+    """
     try:
         content = read_bytes(url, access.retry)
     except NotFoundError:
         return
+    found = hashlib.sha256(content).hexdigest()
+    if expected_sha256 not in (None, found):
+        raise DataError(
+            f"{url}: found sha256 {found[:12]}…, expected {expected_sha256[:12]}… of the manifest; put the tokenizer "
+            "there that the shards were made with"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     partial.write_bytes(content)

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
-from sparselt_dist.data.transports import TransferFault, list_s3, open_body, put_s3, split_s3
+from sparselt_dist.data.transports import TransferFault, list_s3, open_body, probe_s3, put_s3, split_s3
 from sparselt_dist.errors import DataError
+from sparselt_dist.redaction import shown
 
 LONGEST_PAUSE_SECONDS = 30.0
+_PROBE = ".sparselt-doctor"
 _REMOTE = ("http://", "https://", "s3://")
 
 Result = TypeVar("Result")
@@ -61,14 +63,6 @@ def is_remote(location: str) -> bool:
 
 def _split_http(location: str) -> SplitResult | None:
     return urlsplit(location) if location.startswith(("http://", "https://")) else None
-
-
-def shown(location: str) -> str:
-    """A location as messages show it: without the query and password of an HTTP address, which may be secrets."""
-    parts = _split_http(location)
-    if parts is None:
-        return location
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def join(folder: str, name: str) -> str:
@@ -111,8 +105,10 @@ def expand(location: str, retry: RetryPolicy) -> list[str]:
     Raises:
         DataError: a pattern is wrong, matches nothing, or cannot be resolved there.
     """
-    if not is_remote(location) and os.path.lexists(location):
-        return [location]
+    if not is_remote(location):
+        location = os.path.expanduser(location)
+        if os.path.lexists(location):
+            return [location]
     found = {match for each in _expand_braces(location) for match in _expand_glob(each, retry)}
     return sorted(found)
 
@@ -220,6 +216,16 @@ def upload(path: Path, url: str, retry: RetryPolicy) -> None:
         OSError: the file cannot be read.
     """
     _with_retries(url, retry, lambda: put_s3(path, url, retry.timeout_seconds))
+
+
+def try_writing(folder: str, retry: RetryPolicy) -> None:
+    """Store an empty object in an s3:// folder, look at it and remove it; where that is not allowed, it stays.
+
+    Raises:
+        DataError: there is no such bucket, it cannot be reached, or access was refused.
+    """
+    url = join(folder, _PROBE)
+    _with_retries(url, retry, lambda: probe_s3(url, retry.timeout_seconds))
 
 
 def read_bytes(url: str, retry: RetryPolicy) -> bytes:

@@ -47,7 +47,7 @@ def copy_tokenizer(source: str, folder: Path) -> None:
 
     path = str(Path(source).expanduser())
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as cause:  # transformers raises ValueError, OSError, KeyError and others for a bad folder
         raise DataError(
             f"prepare.tokenizer: {source}: cannot be loaded: {type(cause).__name__}: {cause}; "

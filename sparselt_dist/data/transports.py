@@ -300,6 +300,20 @@ def put_s3(path: Path, url: str, timeout_seconds: float) -> None:
             raise TransferFault(str(error), "again") from error
 
 
+def probe_s3(url: str, timeout_seconds: float) -> None:
+    """Store an empty object, look at it, and remove it if that is allowed.
+
+    Raises:
+        TransferFault: it cannot be stored, or is not there afterwards.
+    """
+    bucket, key = split_s3(url)
+    with _lent_s3_client(timeout_seconds, "write") as client:
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
+        client.head_object(Bucket=bucket, Key=key)
+    with contextlib.suppress(TransferFault), _lent_s3_client(timeout_seconds, "write") as client:
+        client.delete_object(Bucket=bucket, Key=key)
+
+
 def list_s3(bucket: str, prefix: str, timeout_seconds: float) -> list[str]:
     """Keys that begin with a prefix, down to the next "/": objects, and folders with "/" at their end.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparselt_dist.data.storage import is_remote, join
 from sparselt_dist.data.tokenization import SPLITS
 from sparselt_dist.data.tokenizer import tokenizer_faults, tokenizer_info
 from sparselt_dist.errors import DataError
+from sparselt_dist.redaction import shown
 
 MAX_FAULTS_PER_SHARD = 5
 
@@ -47,7 +49,7 @@ def verify(location: Path | str, access: Access | None = None) -> list[str]:
         found = list(_shard_faults(path, entry, manifest, pad_id, has_index=not remote))
         faults += found[:MAX_FAULTS_PER_SHARD]
         if len(found) > MAX_FAULTS_PER_SHARD:
-            faults.append(f"{url}: {len(found) - MAX_FAULTS_PER_SHARD} more faults")
+            faults.append(f"{shown(url)}: {len(found) - MAX_FAULTS_PER_SHARD} more faults")
     return faults
 
 
@@ -70,7 +72,7 @@ def _total_faults(folder: ShardFolder) -> list[str]:
     for key in ("samples", "tokens"):
         found, total = getattr(folder.manifest, key), sum(getattr(entry, key) for entry in folder.manifest.shards)
         if found != total:
-            faults.append(f"{join(folder.location, MANIFEST)}: {key} is {found}, its shards add up to {total}")
+            faults.append(f"{shown(join(folder.location, MANIFEST))}: {key} is {found}, its shards add up to {total}")
     return faults
 
 
@@ -95,16 +97,25 @@ def _shard_faults(
 
 
 def _members(path: Path) -> Iterator[dict[str, Any]]:
-    """The tar samples of a shard, decoded by webdataset's own stages over a file that we close, which it does not."""
-    from webdataset import filters, tariterators
+    """The tar samples of a shard, by webdataset's own stages over a file that we close, which it does not.
+
+    Arrays are decoded here: webdataset would also unpickle members that are called .pkl or .pth, and so run what they say.
+    """
+    from webdataset import tariterators
 
     try:
         with path.open("rb") as stream:
             files = tariterators.tar_file_expander([{"url": str(path), "stream": stream}])
-            yield from filters.decode()(tariterators.group_by_keys(files))
+            for sample in tariterators.group_by_keys(files):
+                yield {name: _array(value) if name.endswith(".npy") else value for name, value in sample.items()}
     except Exception as cause:  # whatever tarfile, numpy or the decoder make of damaged bytes
         reason = (str(cause).splitlines() or [repr(cause)])[0]
         raise DataError(f"{path}: cannot be read: {reason}; restore the file or prepare the folder again") from cause
+
+
+def _array(content: bytes) -> np.ndarray:
+    array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    return array
 
 
 def _content_faults(path: Path, entry: ShardEntry, manifest: Manifest, pad_id: int | None) -> Iterator[str]:

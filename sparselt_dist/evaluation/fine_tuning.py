@@ -219,7 +219,8 @@ def _score(model: PreTrainedModel, task: LabelledTask, examples: list[Example], 
 def _encode_task(folder: Path, task: LabelledTask, how: Normalization, recipe: Recipe) -> dict[str, list[Example]]:
     from transformers import AutoConfig
 
-    longest = longest_input(AutoConfig.from_pretrained(folder, local_files_only=True)) or recipe.max_length
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    longest = longest_input(config) or recipe.max_length
     tokenizer = load_for_text(folder)
     _ensure_template(tokenizer, tokenizer_info(folder))
     tokenizer.no_padding()

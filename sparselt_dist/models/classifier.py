@@ -32,7 +32,8 @@ def load_classifier(folder: Path, *, outputs: int, dropout: float, pad_id: int) 
         CheckpointError: the folder holds no encoder that transformers can classify with, or not all of its weights.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # False, not left out: else transformers asks the terminal whether to run code of the folder.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _set_fields(config, outputs, dropout, pad_id)
         with quiet_transformers():
             loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForSequenceClassification.from_pretrained(

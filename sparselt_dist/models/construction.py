@@ -137,9 +137,18 @@ def _construct(config_cls: type[PretrainedConfig], fields: dict[str, Any], sourc
         config = config_cls(**{name: value for name, value in fields.items() if name not in _NOT_FIELDS})
         if isinstance(config, crammed.CrammedBertConfig):
             crammed.check_config(config)
+        _refuse_kernels(config)
     except Exception as cause:  # the configuration classes refuse values by errors of many kinds
         raise ConfigError(f"{source}: {config_cls.model_type} refuses its fields: {_text(cause)}; mend them") from cause
     return config
+
+
+def _refuse_kernels(config: PretrainedConfig) -> None:
+    """transformers takes an implementation `owner/name` for a repository of the hub, whose code it loads and runs."""
+    for name in ("attn_implementation", "experts_implementation"):
+        found = getattr(config, f"_{name}", None)
+        if "/" in str(found):
+            raise ValueError(f"{name} is {found!r}, code of a repository; expected a name such as sdpa or eager")
 
 
 def _attribute(config: PretrainedConfig, name: str) -> str:

@@ -14,6 +14,8 @@ import pytest
 from faulty_http import FaultyServer, Reply
 from s3_server import NO_OTHER_CREDENTIALS, S3Server
 
+from sparselt_dist import diagnosis
+from sparselt_dist.config import CheckpointSection, Config
 from sparselt_dist.data import transports
 from sparselt_dist.data.cache import ShardCache
 from sparselt_dist.data.storage import NotFoundError, RetryPolicy, download, expand, list_folder, read_bytes
@@ -259,6 +261,24 @@ def test_missing_objects_and_refused_access_on_s3_are_told_apart(
     s3_environment(s3.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong"})
     with pytest.raises(DataError, match=r"access refused \(HTTP 403 SignatureDoesNotMatch\); give credentials"):
         read_bytes(f"s3://{s3.private}/top", RETRY)
+
+
+def test_doctor_tries_the_store_of_checkpoints_and_leaves_nothing(
+    s3: S3Server, s3_environment: Callable[[dict[str, str]], None]
+) -> None:
+    def finding(target: str) -> diagnosis.Finding:
+        section = CheckpointSection(upload=target)
+        return diagnosis.check_upload(Config(checkpoint=section))[0]
+
+    s3_environment(s3.environment())
+    assert finding(f"s3://{s3.private}/runs/a").level == "ok"
+    assert "Contents" not in s3.client().list_objects_v2(Bucket=s3.private, Prefix="runs/a")
+    s3_environment(s3.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong"})
+    refused = finding(f"s3://{s3.private}/runs")
+    assert refused.level == "error" and "may write it" in refused.fix
+    s3_environment(s3.environment() | {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"})
+    down = finding(f"s3://{s3.private}/runs")
+    assert down.level == "error" and "the connection failed" in down.found
 
 
 def test_public_objects_need_no_credentials(s3: S3Server, s3_environment: Callable[[dict[str, str]], None]) -> None:

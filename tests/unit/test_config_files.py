@@ -152,6 +152,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
 def test_the_output_folder_follows_the_name() -> None:
     assert make_plan(load("run.name=x"), 1).output_dir == "runs/x"
     assert make_plan(load("run.name=x", "run.output_dir=/tmp/y"), 1).output_dir == "/tmp/y"
+    assert make_plan(load("run.output_dir=~/y"), 1).output_dir == str(Path.home() / "y")
 
 
 # --- DeepSpeed's JSON ---

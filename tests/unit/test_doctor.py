@@ -9,6 +9,8 @@ import pytest
 from sparselt_dist import diagnosis, doctor
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import load_config
+from sparselt_dist.data import storage
+from sparselt_dist.data.transports import TransferFault
 
 
 def load(*overrides: str) -> Config:
@@ -47,6 +49,36 @@ def test_a_tracking_store_that_is_down_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     (blocked,) = diagnosis.check_tracking(load(f"log.mlflow_uri=sqlite:///{tmp_path}/file/mlflow.db"))
     assert blocked.level == "warning"
+
+
+def test_a_scratch_disk_is_checked_as_the_run_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diagnosis.check_scratch(load()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (good,) = diagnosis.check_scratch(load("checkpoint.scratch_dir=~/new/scratch"))
+    assert good.level != "error" and f"{tmp_path}/new/scratch" in good.found and not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (blocked,) = diagnosis.check_scratch(load(f"checkpoint.scratch_dir={tmp_path / 'file' / 'scratch'}"))
+    assert (blocked.level, blocked.subject) == ("error", "checkpoint.scratch_dir") and "is a file" in blocked.found
+    monkeypatch.setattr(diagnosis.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**29}))
+    (full,) = diagnosis.check_scratch(load(f"checkpoint.scratch_dir={tmp_path}"))
+    assert full.level == "error" and full.found.startswith("0.5 GiB") and "12 bytes a parameter" in full.fix
+
+
+def test_a_store_for_checkpoints_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(url: str, timeout_seconds: float) -> None:
+        asked.append(url)
+        raise TransferFault("access refused (HTTP 403 AccessDenied)", "refused", advice="give credentials")
+
+    monkeypatch.setattr(storage, "probe_s3", refuse)
+    assert diagnosis.check_upload(load()) == [] and asked == []
+    (refused,) = diagnosis.check_upload(load("checkpoint.upload=s3://bucket/runs"))
+    assert (refused.level, refused.subject, refused.fix) == ("error", "checkpoint.upload", "give credentials")
+    assert asked == ["s3://bucket/runs/.sparselt-doctor"]
+    monkeypatch.setattr(storage, "probe_s3", lambda url, timeout_seconds: None)
+    (good,) = diagnosis.check_upload(load("checkpoint.upload=s3://bucket/runs"))
+    assert good.level == "ok"
 
 
 def test_missing_shards_are_an_error_with_a_fix(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PACKAGE = Path(sparselt_dist.__file__).parent
 # A name with a dot at its end stands for all modules of that package.
 LAYERS: dict[int, str] = {
     # the configuration and what can be checked of it without torch
-    0: "errors config config_layers config_checks architectures budget ds_config run_plan objectives.settings",
+    0: "errors redaction config config_layers config_checks architectures budget ds_config run_plan objectives.settings",
     # parts that know neither a model nor an objective
     1: """allocator config_loading device distributed expected_curve extensions follower journal landing metrics planning
           hang launcher_watch rank_line rank_log rank_report remote_ranks supervisor spikes watchdog

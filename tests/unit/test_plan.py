@@ -76,6 +76,29 @@ def test_each_stage_divides_its_part_over_the_ranks(
     assert memory.total == pytest.approx(weights + gradients + optimizer + peak + GPU.overhead_gib)
 
 
+def test_the_copy_of_a_checkpoint_lies_in_host_memory() -> None:
+    for stage in range(4):
+        plain, copying = (estimate_memory(FACTS, layout(stage, copies_checkpoints=each), GPU) for each in (False, True))
+        assert (plain.host, copying.host) == (0, 3)  # 12 bytes a parameter, a fourth of them
+        assert copying.total == plain.total
+
+
+@pytest.mark.parametrize(
+    ("override", "copies"),
+    [
+        ("checkpoint.every_steps=10", True),
+        ("checkpoint.every_steps=null", False),
+        ("checkpoint.asynchronous=false", False),
+        ("checkpoint.scratch_dir=/tmp/x", False),
+    ],
+)
+def test_a_copy_in_memory_follows_from_how_checkpoints_are_saved(override: str, copies: bool) -> None:
+    config = load_config(["base"], ["checkpoint.every_steps=5", "data.train=none", override])
+    run_plan = make_plan(config, 8)
+    found = layouts(config, run_plan, 8, resolve_deepspeed(config, run_plan), 512)
+    assert {each.copies_checkpoints for each in found} == {copies}
+
+
 def test_offload_moves_memory_to_the_host() -> None:
     plain = estimate_memory(FACTS, layout(3), GPU)
     moved = estimate_memory(FACTS, layout(3, offload_optimizer=True, offload_parameters=True), GPU)
