@@ -53,6 +53,11 @@ EARLIER = 0.8  # of its moment, for a fault that came too late
 POLL_SECONDS = 0.02
 
 
+def name_of(number: int, kind: str) -> str:
+    """Of a case, among the results that are kept."""
+    return f"{number}, {kind}"
+
+
 def kind_of(number: int, seed: int, kinds: list[str]) -> str:
     """All kinds come equally often, in an order drawn anew for each round."""
     generator = random.Random(f"{seed}-{number // len(kinds)}")
@@ -144,7 +149,7 @@ def make_case(
             bound = toy.steps if plan.saves_fail else toy.every * (1 + asynchronous + plan.damaged)
             result = judge(case, plan, starts, expected, bound)
             result["faults"] += broken
-        told = {"case": str(number), "kind": kind, "second": round(case.moment, 2), "step": step}
+        told = {"case": name_of(number, kind), "kind": kind, "second": round(case.moment, 2), "step": step}
         return {**told, "asynchronous": asynchronous, **result}
     raise AssertionError(f"case {number}, {kind}: the run always ended before its fault")
 
@@ -163,7 +168,7 @@ def show(results: list[dict[str, Any]], skipped: dict[str, str], every: int) -> 
     print(f"a checkpoint every {every} steps; starts with a traceback: {sum(each['tracebacks'] for each in results)}")
     for each in results:
         for fault in each["faults"]:
-            print(f"case {each['case']}, {each['kind']} after {each['second']} s, step {each['step']}: {fault}")
+            print(f"case {each['case']} after {each['second']} s, step {each['step']}: {fault}")
 
 
 def parse() -> argparse.Namespace:
@@ -189,9 +194,9 @@ def main() -> int:
     toy = Toy(prepared(arguments.work_dir), arguments.steps, arguments.checkpoint_every, arguments.zero_stage)
     expected, seconds = undisturbed(toy, arguments.work_dir, arguments.limit)
     kept, skipped = arguments.work_dir / f"faults-{arguments.seed}.jsonl", dict[str, str]()
-    for number in range(arguments.cases):
-        kind = kind_of(number, arguments.seed, arguments.kinds)
-        if str(number) in read_results(kept) or kind in skipped:
+    kinds = [kind_of(number, arguments.seed, arguments.kinds) for number in range(arguments.cases)]
+    for number, kind in enumerate(kinds):
+        if name_of(number, kind) in read_results(kept) or kind in skipped:
             continue
         try:
             result = make_case(number, toy, expected, seconds, arguments)
@@ -203,7 +208,8 @@ def main() -> int:
         print(f"case {number}, {kind}: {'; '.join(result['faults']) or 'as it must be'}", flush=True)
         if not result["faults"]:
             shutil.rmtree(arguments.work_dir / f"case-{arguments.seed}-{number}")
-    results = [each for number, each in sorted(read_results(kept).items()) if int(number) < arguments.cases]
+    done = read_results(kept)
+    results = [done[name] for name in map(name_of, range(arguments.cases), kinds) if name in done]
     show(results, skipped, toy.every)
     return int(any(each["faults"] for each in results))
 
