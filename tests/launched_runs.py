@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -129,6 +130,12 @@ def end_all(mark: str) -> None:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(family, timeout=5)
+
+
+def stop_in_order() -> None:
+    """SIGTERM raises from now on, as Ctrl-C does, so that a stopped benchmark leaves no process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 def wait_for_end(process: subprocess.Popen[bytes], output: Path, mark: str, limit: float) -> Ended:

@@ -38,6 +38,7 @@ from launched_runs import (
     most_repeated,
     read_results,
     started,
+    stop_in_order,
     table,
     undisturbed,
     wait_for_end,
@@ -205,6 +206,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a start counts as hung")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    stop_in_order()
     work = arguments.work_dir.absolute()
     work.mkdir(parents=True, exist_ok=True)
     toy = Toy(prepared(work), arguments.steps, arguments.checkpoint_every, arguments.zero_stage)

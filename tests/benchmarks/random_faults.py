@@ -39,6 +39,7 @@ from launched_runs import (
     most_repeated,
     read_results,
     started,
+    stop_in_order,
     table,
     undisturbed,
     wait_for_end,
@@ -190,6 +191,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
+    stop_in_order()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     toy = Toy(prepared(arguments.work_dir), arguments.steps, arguments.checkpoint_every, arguments.zero_stage)
     expected, seconds = undisturbed(toy, arguments.work_dir, arguments.limit)
