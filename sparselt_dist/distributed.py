@@ -154,10 +154,11 @@ def _meet(ranks: Ranks, backend: str, timeout: timedelta = MEETING_TIMEOUT) -> N
         RunFailureError: not all came in time, or rank 0's address cannot be used.
     """
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT
         )

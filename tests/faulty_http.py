@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+START_SECONDS = 60  # of a server in a process of its own
 
 
 @dataclass(frozen=True)
@@ -58,16 +64,17 @@ class FaultyServer:
     Args:
         folder: its files are served.
         files: more files, content by path with "/" at its beginning; may be changed at any time.
+        port: to listen on; 0 for a free one.
     """
 
-    def __init__(self, folder: Path | None = None, files: dict[str, bytes] | None = None) -> None:
+    def __init__(self, folder: Path | None = None, files: dict[str, bytes] | None = None, port: int = 0) -> None:
         self.files = dict(files or {})
         self.seen: list[Seen] = []
         self._folder = folder
         self._plans: dict[str, tuple[list[Reply], Reply]] = {}
         self._lock = threading.Lock()
         self.stopping = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"faulty": self}))
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"faulty": self}))
         self._http.daemon_threads = True
         self.root = f"http://127.0.0.1:{self._http.server_address[1]}"
 
@@ -100,6 +107,18 @@ class FaultyServer:
             self.stopping.set()
             self._http.shutdown()
             self._http.server_close()
+
+
+def serve_apart(folder: Path, port: int) -> subprocess.Popen[bytes]:
+    """A good server in a process of its own, that can be killed with all its connections; returns once it listens."""
+    process = subprocess.Popen([sys.executable, __file__, str(folder), str(port)], stderr=subprocess.DEVNULL)
+    for _ in range(START_SECONDS * 10):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return process
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"no server on port {port} after {START_SECONDS} s")
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -163,3 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, data: bytes) -> None:
         self.wfile.write(data)
         self.wfile.flush()
+
+
+if __name__ == "__main__":  # FOLDER PORT
+    with FaultyServer(Path(sys.argv[1]), port=int(sys.argv[2])).running() as server:
+        server.stopping.wait()

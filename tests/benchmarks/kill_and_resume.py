@@ -62,6 +62,12 @@ def prepare(folder: Path) -> Path:
     return folder / "shards"
 
 
+def prepared(work: Path) -> Path:
+    """The shards of a folder that is kept, made once."""
+    shards = work / "shards"
+    return shards if (shards / "validation" / "manifest.json").exists() else prepare(work)
+
+
 def command(shards: Path, folder: Path, arguments: argparse.Namespace) -> list[str]:
     """The command of the run; the same at every start."""
     overrides = [

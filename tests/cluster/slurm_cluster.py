@@ -106,6 +106,23 @@ class SlurmCluster:
             time.sleep(0.5)
         return job
 
+    def kill_node(self, node: str, *, whole: bool) -> None:
+        """Kill -9 a node's daemon; `whole`: with all that runs on the node, as when its power fails, and tell Slurm."""
+        (daemon,) = (daemon for daemon in self.daemons if daemon.args == _slurmd(node))
+        daemon.kill()
+        daemon.wait()
+        self.daemons.remove(daemon)
+        if not whole:
+            return
+        for process in _of_node(self, node):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def start_node(self, node: str) -> None:
+        """Start its daemon again, by which a node that was down is back."""
+        _start(self, *_slurmd(node))
+
     def logs(self, lines: int = 15) -> str:
         """The last lines of each daemon's log."""
         parts = []
@@ -124,11 +141,15 @@ def slurm_cluster(folder: Path, nodes: int = 2, cpus: int = 2) -> Iterator[Slurm
         _start_munge(cluster)
         _start(cluster, "slurmctld", "-D", "-i")
         for node in cluster.nodes:
-            _start(cluster, "slurmd", "-D", "-N", node)
+            _start(cluster, *_slurmd(node))
         _wait_until_idle(cluster)
         yield cluster
     finally:
         _end(cluster)
+
+
+def _slurmd(node: str) -> list[str]:
+    return [str(shutil.which("slurmd", path=_PATH)), "-D", "-N", node]
 
 
 def _write_configuration(cluster: SlurmCluster, cpus: int) -> None:
@@ -174,7 +195,7 @@ def _start_munge(cluster: SlurmCluster) -> None:
 
 
 def _start(cluster: SlurmCluster, program: str, *arguments: str) -> None:
-    with (cluster.folder / f"{program}.output.log").open("ab") as output:
+    with (cluster.folder / f"{Path(program).name}.output.log").open("ab") as output:
         cluster.daemons.append(
             subprocess.Popen(
                 [str(shutil.which(program, path=_PATH)), *arguments],
@@ -231,4 +252,15 @@ def _of_cluster(cluster: SlurmCluster) -> Sequence[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get("SLURM_CONF") == str(cluster.folder / "slurm.conf"):
                 found.append(process)
+    return found
+
+
+def _of_node(cluster: SlurmCluster, node: str) -> list[psutil.Process]:
+    """The processes of this cluster's jobs on a node, and the step managers that they stand under."""
+    found = []
+    for process in _of_cluster(cluster):
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("SLURMD_NODENAME") == node:
+                managers = [parent for parent in process.parents() if parent.name().startswith("slurmstepd")]
+                found += [*managers, process]
     return found

@@ -19,9 +19,15 @@ from sparselt_dist import checkpoint
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("zero_stage", [slow(0), slow(1), 2, slow(3)])
-def test_kills_while_saving_lose_only_the_save_under_way(shards: Path, tmp_path: Path, zero_stage: int) -> None:
-    overrides, generator = options(zero_stage, steps=6 * EVERY), random.Random(zero_stage)
+@pytest.mark.parametrize(
+    ("zero_stage", "asynchronous"),
+    [slow(0, True), slow(0, False), slow(1, True), (2, True), slow(3, True), slow(3, False)],
+)
+def test_kills_while_saving_lose_only_the_save_under_way(
+    shards: Path, tmp_path: Path, zero_stage: int, asynchronous: bool
+) -> None:
+    overrides = options(zero_stage, steps=6 * EVERY, asynchronous=asynchronous)
+    generator = random.Random(zero_stage)
     kills = [
         start_and_kill(shards, tmp_path / "killed", overrides, generator) for _ in range(1 if zero_stage == 2 else 4)
     ]
