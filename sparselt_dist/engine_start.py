@@ -42,6 +42,8 @@ def build_engine(
         config=settings,
         dist_init_required=False,
     )
+    if ranks.world_size == 1:
+        reduce_nothing(engine)
     if start.checkpoint is not None:
         moments = checkpoint.TensorFiles.open(start.checkpoint, "moments")
         meta = checkpoint.read_meta(start.checkpoint)
@@ -49,6 +51,18 @@ def build_engine(
         engine_state.restore_loss_scaler(engine, meta["loss_scaler"])
         engine.global_steps = start.progress.step
     return engine
+
+
+def reduce_nothing(engine: DeepSpeedEngine) -> None:
+    """For a rank alone: without ZeRO, DeepSpeed would copy all gradients to a buffer, sum them over it and copy them back.
+
+    What is left of it: parameters that the step did not use get zeros for a gradient, so that one rank decays them as two do.
+    """
+
+    def only_fill(grads: object = None, elements_per_buffer: int = 0) -> None:
+        engine._get_gradients_for_reduction()
+
+    engine.buffered_allreduce_fallback = only_fill
 
 
 def _loaded_model(config: Config, data: Data, source: Path | None) -> PretrainingModel:

@@ -1,0 +1,37 @@
+"""What a rank that is alone does not do, and what it does all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparselt_dist.engine_start import reduce_nothing
+
+
+class Engine:
+    """Of DeepSpeed's engine what reduces gradients without ZeRO."""
+
+    def __init__(self) -> None:
+        self.used, self.unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.used.grad = torch.full((3,), 2.0)
+        self.reduced = 0
+
+    def _get_gradients_for_reduction(self) -> list[torch.Tensor]:
+        for parameter in (self.used, self.unused):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in (self.used, self.unused)]
+
+    def buffered_allreduce_fallback(self, grads: Any = None, elements_per_buffer: int = 0) -> None:
+        self.reduced += len(self._get_gradients_for_reduction())
+
+
+def test_gradients_stay_where_they_are_and_missing_ones_become_zeros() -> None:
+    engine: Any = Engine()
+    before = engine.used.grad
+    reduce_nothing(engine)
+    engine.buffered_allreduce_fallback(grads=None, elements_per_buffer=5)  # as DeepSpeed calls it
+    assert engine.reduced == 0 and engine.used.grad is before
+    assert engine.unused.grad.tolist() == [0, 0, 0]
