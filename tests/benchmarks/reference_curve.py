@@ -2,10 +2,10 @@
 
     python tests/benchmarks/reference_curve.py runs/faithful-0 runs/faithful-1 --faster 2
 
-At each share of the budget: the mean of the runs' losses, smoothed as the guard smooths them, and their spread over the runs and
-over the lines near it. A faster machine makes more steps in the same share: `--faster 2` puts the point half-way to what these runs
-reach at twice the share, and widens sigma by as much, so that machines of one to two times the speed are as they should be. That
-leaves out that the rate would then be another one.
+At each share of the budget: the mean of the runs' losses, smoothed as the guard smooths them, and their spread over runs and over
+the lines near it. A faster machine makes more steps in the same share: `--faster 2` puts the point half-way to what these runs
+reach at twice the share, and widens sigma by as much, so that machines of one to two times the speed are as they should be.
+That leaves out that the rate would then be another one.
 """
 
 from __future__ import annotations
