@@ -48,6 +48,7 @@ PHASES: Final = (
     "checkpoint",
     "yardsticks",
     "export",
+    "repeated",  # of earlier starts, behind the checkpoint that was continued: what was done again
     "other",
 )
 _PLAIN_LINE_SECONDS: Final = 10.0
@@ -126,6 +127,21 @@ class TimeLedger:
         now = self._clock()
         self._seconds[self._stack[-1]] += max(now - self._mark, 0.0)  # a clock that goes back takes nothing away
         self._mark = now
+
+
+def with_later(seconds: Mapping[str, float], is_repeated: bool, last: Mapping[str, float]) -> dict[str, float]:
+    """A checkpoint's ledger and what the start that made it spent after it, by the journal's last line.
+
+    Args:
+        seconds: of the checkpoint, by phase.
+        is_repeated: the line is of a later step, whose work is lost; else what came after the checkpoint keeps its phase.
+        last: the line, with `time/<phase>_seconds`.
+    """
+    told = {phase: last[name] for phase in PHASES if (name := f"time/{phase}_seconds") in last}
+    if not is_repeated:
+        return {phase: max(seconds.get(phase, 0.0), told.get(phase, 0.0)) for phase in {**seconds, **told}}
+    lost = max(sum(told.values()) - sum(seconds.values()), 0.0)
+    return {**seconds, "repeated": seconds.get("repeated", 0.0) + lost}
 
 
 # ---- console -------------------------------------------------------------------------------------------------------

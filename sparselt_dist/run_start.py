@@ -17,7 +17,7 @@ from sparselt_dist.data.manifest import write_copy
 from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.follower import resolve_store_uri
 from sparselt_dist.journal import Journal, replace_file
-from sparselt_dist.metrics import ConsoleProgress
+from sparselt_dist.metrics import ConsoleProgress, with_later
 from sparselt_dist.objectives.base import PreludeReport
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
 from sparselt_dist.spikes import RewindRun, merged, read_left_out, write_left_out
@@ -117,9 +117,16 @@ def find_start(
     return Start(
         found,
         progress,
-        meta["ledger_seconds"],
+        distributed.on_main(ranks, lambda: _ledger_of(run_dir, found, meta)),
         None if prelude is None else PreludeReport(**prelude),
     )
+
+
+def _ledger_of(run_dir: Path, found: Path, meta: dict[str, Any]) -> dict[str, float]:
+    """Seconds of all earlier starts by phase; of the run in this folder also those after its last checkpoint."""
+    lines = Journal.read(run_dir) if found.parent.parent == run_dir else []
+    seconds: dict[str, float] = meta["ledger_seconds"]
+    return with_later(seconds, lines[-1]["step"] > meta["step"], lines[-1]) if lines else seconds
 
 
 def rewound(

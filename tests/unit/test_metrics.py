@@ -14,6 +14,7 @@ from sparselt_dist.metrics import (
     format_duration,
     peak_flops,
     peak_memory_gib,
+    with_later,
 )
 
 
@@ -53,6 +54,14 @@ def test_a_reading_inside_a_phase_is_up_to_date() -> None:
         assert ledger.metrics()["time/log_seconds"] == 3
         clock.now += 1
     assert ledger.seconds()["log"] == 4
+
+
+def test_time_after_the_last_checkpoint_is_told_as_repeated_or_keeps_its_phase() -> None:
+    saved = {"forward": 5.0, "export": 0.0, "repeated": 1.0}
+    later = {"step": 9, "time/forward_seconds": 8.0, "time/export_seconds": 2.0, "time/repeated_seconds": 1.0}
+    assert with_later(saved, True, later) == {"forward": 5.0, "export": 0.0, "repeated": 6.0}
+    assert with_later(saved, False, later) == {"forward": 8.0, "export": 2.0, "repeated": 1.0}
+    assert with_later(saved, True, {"step": 9}) == saved  # a line without the ledger, which a later one of its step has
 
 
 def test_the_ledger_goes_on_after_a_resume_and_counts_from_its_start() -> None:
