@@ -102,6 +102,7 @@ def test_one_run_on_one_then_four_then_two_ranks_draws_what_one_rank_draws(shard
 
 def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> None:
     straight = run_ranks(1, shards, tmp_path / "straight", *RUN)
+    lost = straight.journal[-1]["time/repeated_seconds"]
     damaged = straight.folder / "checkpoints" / checkpoint.folder_name(6) / "weights-00000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
@@ -113,6 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over(shards: Path, tmp_path: Path) -> No
     (aside,) = damaged.parent.parent.glob("step_00000006.aside-*")
     assert (aside / damaged.name).read_bytes() == bytes(content)
     assert [line["step"] for line in again.journal] == [1, 2, 3, 4, 5, 6]
+    assert lost == 0 < again.journal[-1]["time/repeated_seconds"]  # steps 4 to 6 were made twice
 
 
 def test_a_finished_run_stays_finished_and_another_model_is_refused(shards: Path, tmp_path: Path) -> None:
