@@ -109,12 +109,20 @@ def run_id(run_dir: Path) -> str:
 
 
 def copy_tokenizer(source: Path, run_dir: Path) -> None:
-    """Keep the shards' tokenizer with the run, so that checkpoints can be used without the shards."""
+    """Keep the shards' tokenizer with the run, so that checkpoints can be used without the shards.
+
+    Links that lead out of its folder are left: who made the shards may not be who reads what they point to.
+    """
+    inside = source.resolve()
+
+    def foreign(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if not Path(folder, name).resolve().is_relative_to(inside)]
+
     target, staging = run_dir / "tokenizer", run_dir / "tokenizer.partial"
     if target.exists() and filecmp.cmp(source / "tokenizer.json", target / "tokenizer.json", shallow=False):
         return
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging)
+    shutil.copytree(source, staging, ignore=foreign)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
 

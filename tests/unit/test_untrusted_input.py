@@ -20,7 +20,7 @@ import pytest
 from corpus_files import numbered_rows, write_folder
 from official_states import Runs, write_bare_pickle
 
-from sparselt_dist import checkpoint
+from sparselt_dist import checkpoint, run_folder
 from sparselt_dist.config import ModelSection
 from sparselt_dist.config_loading import load_config
 from sparselt_dist.data.cache import ShardCache
@@ -103,6 +103,18 @@ def test_a_remote_tokenizer_is_kept_under_its_true_hash_or_not_at_all(
     with pytest.raises(DataError, match="sha256"):
         _ = opened.tokenizer
     assert not list(tmp_path.rglob("tokenizer.json"))[1:]
+
+
+def test_a_tokenizers_links_out_of_its_folder_are_not_followed(tmp_path: Path) -> None:
+    secret, source, run_dir = tmp_path / "secret", tmp_path / "tokenizer", tmp_path / "run"
+    secret.write_text("of somebody")
+    for folder in (source, run_dir):
+        folder.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "linked.json").symlink_to("tokenizer.json")
+    (source / "vocab.txt").symlink_to(secret)
+    run_folder.copy_tokenizer(source, run_dir)
+    assert sorted(path.name for path in (run_dir / "tokenizer").iterdir()) == ["linked.json", "tokenizer.json"]
 
 
 def test_links_in_a_shard_are_not_followed(tmp_path: Path) -> None:
