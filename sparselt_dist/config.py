@@ -6,9 +6,10 @@ Loading, merging and checking are in `config_loading.py`. Imports neither torch 
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
 
 
 class Section(BaseModel):
@@ -102,7 +103,9 @@ class PrepareSection(Section):
 
 class ModelSection(Section):
     architecture: str = Field("crammed-bert", description="crammed-bert, a Hugging Face config folder or a known type")
-    init_from: str | None = Field(None, description="local checkpoint folder whose weights start the model")
+    init_from: Annotated[str, AfterValidator(os.path.expanduser)] | None = Field(
+        None, description="local checkpoint folder whose weights start the model"
+    )
     init_objective: bool = Field(
         False,
         description="start the objective's own parameters from model.init_from too (SLT: a `convert`ed checkpoint)",

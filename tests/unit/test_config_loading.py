@@ -354,6 +354,14 @@ def test_a_checkpoint_to_start_from_inherits_no_sizes(tmp_path: Path) -> None:
     assert kept == {"hidden_dropout_prob": 0.1}
 
 
+def test_a_checkpoint_to_start_from_may_lie_in_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "crammed-bert"}')
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert load(f"model.init_from=~/{tmp_path.name}").model.init_from == str(tmp_path)
+
+
 @pytest.mark.parametrize("address", ["bucket/prefix", "s3://", "https://host/bucket"])
 def test_checkpoints_are_uploaded_to_s3_addresses_alone(address: str) -> None:
     assert "an address s3://bucket/prefix, or null" in fault(f"checkpoint.upload={address}")
