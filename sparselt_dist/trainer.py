@@ -22,9 +22,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from sparselt_dist import compile_check, distributed
 from sparselt_dist.budget import lr_multiplier
 from sparselt_dist.config import Config
-from sparselt_dist.data.batch import Batch
-from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex, evaluation_batches
+from sparselt_dist.data.batch import Batch, to_device
+from sparselt_dist.data.loader import Loader, MicroBatch, digest_hex
 from sparselt_dist.drawing import StepDraw
+from sparselt_dist.held_out import HeldOut
 from sparselt_dist.landing import TRAINING_OVER_FORWARD, NextStep
 from sparselt_dist.metrics import TimeLedger, peak_memory_gib
 from sparselt_dist.non_finite import GuardedStep, NonFinite
@@ -83,8 +84,6 @@ class Trainer:
         self.ranks = ranks
         self.micro_batch_size = micro_batch_size
         self.loader = loader
-        self.validation = validation
-        self.collator = collator
         self.progress = progress
         self.ledger = ledger
         self.stop_flag = stop_flag
@@ -99,6 +98,18 @@ class Trainer:
         self.utilisation = utilisation  # targets a token -> MFU of one token a second
         self.clock = clock
         self.device = engine.device
+        self.held_out = None
+        if validation is not None:
+            self.held_out = HeldOut(
+                config,
+                validation,
+                engine=engine,
+                collator=collator,
+                ranks=ranks,
+                micro_batch_size=micro_batch_size,
+                ledger=ledger,
+                clock=clock,
+            )
         self.data = StepDraw(
             loader,
             collator,
@@ -197,7 +208,7 @@ class Trainer:
         engine.module.set_progress(self.progress.step, fraction)
         whole = engine.zero_optimization_stage() < 3
         with self.ledger.phase("compile"):
-            batch = _to_device(first.batch, self.device)
+            batch = to_device(first.batch, self.device)
             precision = self.config.train.precision
             told = distributed.agreed(
                 self.ranks, lambda: compile_check.check(engine.module, batch, precision, with_gradients=whole)
@@ -223,23 +234,10 @@ class Trainer:
         self.time.meet()
 
     def _time_evaluation(self, *, first: bool) -> None:
-        """Judge by two batches what an evaluation takes; before the first, and for a new shape, one is run untimed."""
-        if self.validation is None:
-            return
-        stride = self.micro_batch_size * self.ranks.world_size
-        rows = min(self.config.train.evaluate_samples, self.validation.num_samples)
-        if first:
-            self._held_out(min(rows, stride))
-            if self.config.train.compile and rows % stride:
-                self._held_out(rows % stride)  # the last batch has a shape of its own
-        timed = min(rows, 2 * stride)
-        started = self.clock()
-        self._held_out(timed)
-        seconds = self.clock() - started
-        self.time.pace = self.time.pace._replace(
-            evaluate=seconds * rows / timed,
-            micro_step=self.time.pace.micro_step or TRAINING_OVER_FORWARD * seconds * min(stride, timed) / timed,
-        )
+        if self.held_out is not None:
+            evaluation, forward = self.held_out.pace(first=first)
+            micro_step = self.time.pace.micro_step or TRAINING_OVER_FORWARD * forward
+            self.time.pace = self.time.pace._replace(evaluate=evaluation, micro_step=micro_step)
 
     # ---------------------------------------------------------------- one step
 
@@ -300,7 +298,7 @@ class Trainer:
             objective.set_statistics(None)
             return
         with self.ledger.phase("forward"), torch.no_grad():
-            parts = [self.engine(_to_device(micro_batch.batch, self.device), statistics=True) for micro_batch in drawn]
+            parts = [self.engine(to_device(micro_batch.batch, self.device), statistics=True) for micro_batch in drawn]
             total = torch.stack(parts).sum(dim=0)
         with self.ledger.phase("communication"):
             objective.set_statistics(distributed.reduce_sum(total))
@@ -310,7 +308,7 @@ class Trainer:
         # Compilation is lazy: it happens in the first passes of a start.
         compiling = self.config.train.compile and self.is_first_step
         with self.ledger.phase("compile" if compiling else "forward"):
-            output: LossOutput | SplitLossOutput = self.engine(_to_device(batch, self.device))
+            output: LossOutput | SplitLossOutput = self.engine(to_device(batch, self.device))
             sums.add_output(output, batch)
         with self.ledger.phase("compile" if compiling else "backward"):
             # DeepSpeed averages over ranks, so their number is multiplied back in.
@@ -343,35 +341,14 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss and terms, on the same rows with the same masks every time."""
-        if self.validation is None:
+        if self.held_out is None:
             return {}
         started = self.clock()
         with self.ledger.phase("evaluate"):
-            means = self._held_out(self.config.train.evaluate_samples)
+            means = self.held_out.means(self.config.train.evaluate_samples)
         self.time.pace = self.time.pace._replace(evaluate=self.clock() - started)
         self.time.meet()
         return {f"eval/{name.removeprefix('term/')}": value for name, value in means.items() if name != "term/loss"}
-
-    def _held_out(self, max_samples: int) -> dict[str, float]:
-        """Means over the first held-out rows."""
-        assert self.validation is not None
-        sums = Sums()
-        self.engine.eval()
-        with torch.no_grad():
-            for batch in evaluation_batches(
-                self.validation,
-                self.collator,
-                max_samples=max_samples,
-                micro_batch_size=self.micro_batch_size,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
-                row_length=self.config.data.sequence_length,
-            ):
-                sums.add_output(self.engine(_to_device(batch, self.device)), batch)
-                self.ledger.mark()
-            means = sums.means(self.device)
-        self.engine.train()
-        return means
 
     def _line(self, result: StepResult, data_seconds: float) -> dict[str, Any]:
         """The journal's line of a step; all ranks call it together."""
@@ -450,7 +427,3 @@ def weights_cast_once(device: torch.device, zero_stage: int) -> AbstractContextM
     nothing but surround them; it changes no bit. At ZeRO 3 weights are not to be kept beyond a layer.
     """
     return contextlib.nullcontext() if zero_stage == 3 else torch.autocast(device.type, enabled=False)
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -26,6 +26,11 @@ IGNORE_INDEX = -100
 Batch = dict[str, torch.Tensor]
 
 
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device; copies from pinned memory are not awaited."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
 class Example(TypedDict):
     """One stored row or document on its way to a collator."""
 

@@ -30,7 +30,7 @@ LAYERS: dict[int, str] = {
     # models, objectives, and what is written and read of them
     2: "models. objectives. optim checkpoint checkpoint_writer committing engine_state snapshot uploading mlflow_sink",
     # what is done with them
-    3: """evaluation. trainer saving non_finite health preflight timekeeping drawing step_sums compile_check profiling
+    3: """evaluation. trainer held_out saving non_finite health preflight timekeeping drawing step_sums compile_check profiling
           micro_batch_search run_folder closing comparison compare_report diagnosis utilisation typing_report""",
     # command lines, and the jobs that they start
     4: """cli compare convert doctor evaluate export launch mlflow_sync plan plan_report prepare prelude pretrain run run_start
