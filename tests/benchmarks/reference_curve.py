@@ -5,7 +5,8 @@
 At each share of the budget: the mean of the runs' losses, smoothed as the guard smooths them, and their spread over runs and over
 the lines near it. A faster machine makes more steps in the same share: `--faster 2` puts the point half-way to what these runs
 reach at twice the share, and widens sigma by as much, so that machines of one to two times the speed are as they should be.
-That leaves out that the rate would then be another one.
+That leaves out that the rate would then be another one; and beyond half of the budget these runs do not tell what twice the speed
+reaches, so sigma stays as wide as it was there.
 """
 
 from __future__ import annotations
@@ -44,10 +45,15 @@ def main() -> None:
     args = parser.parse_args()
     curves = [smoothed(run) for run in args.runs]
     print("  expected_loss:")
+    last_told = 0.0
     for share in SHARES:
         here, there = near(curves, share), near(curves, min(1.0, share * args.faster))
         apart = abs(fmean(here) - fmean(there)) / 2
         centre, sigma = (fmean(here) + fmean(there)) / 2, max(pstdev(here), pstdev(there)) + apart
+        if share * args.faster > 1:
+            sigma = max(sigma, last_told)
+        else:
+            last_told = sigma
         print(f"    - [{share:g}, {centre:.3f}, {sigma:.3f}]")
 
 
