@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparselt_dist import distributed
 from sparselt_dist.config import Config
@@ -17,6 +16,8 @@ from sparselt_dist.metrics import TimeLedger
 from sparselt_dist.step_sums import Sums
 
 if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
     from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.objectives.base import Collator
 

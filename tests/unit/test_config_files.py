@@ -83,7 +83,7 @@ def test_the_later_recipe_differs_from_the_published_one_only_by_its_switches(su
         for key, value in values.items()
         if value != published[section].get(key)
     }
-    names = {"run.name", "data.train", "data.validation", "prepare.output_dir"}
+    names = {"run.name", "data.train", "data.validation", "prepare.output_dir", "log.expected_loss"}
     assert changed - names == {
         "prepare.packing",
         "model.config",
