@@ -39,7 +39,7 @@ LAYERS: dict[int, str] = {
 
 # Library -> the only modules that may import it.
 OWNERS: dict[str, str] = {
-    "deepspeed": "distributed trainer checkpoint engine_state saving launch run engine_start utilisation",
+    "deepspeed": "distributed trainer held_out checkpoint engine_state saving launch run engine_start utilisation",
     "mlflow": "mlflow_sink comparison",
     "webdataset": "data.",
     "datasets": "data.",
