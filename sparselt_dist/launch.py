@@ -21,11 +21,11 @@ from sparselt_dist.rank_report import REPORT_DIR_VARIABLE
 from sparselt_dist.supervisor import Supervisor
 
 STOCK_HOSTFILE = "/job/hostfile"
-# Without, pdsh would wait for a host that is gone until the kernel gives up on it, a quarter of an hour later.
-SSH_KEEPALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 STOCK_PORT = 29500
 # Below the range from which the kernel takes the ports of outgoing connections.
 FIRST_PORT, PORTS = 20000, 10000
+# Without, pdsh would wait for a host that is gone until the kernel gives up on it, a quarter of an hour later.
+SSH_KEEPALIVE = "-o ServerAliveInterval=15 -o ServerAliveCountMax=4"
 
 EXAMPLE = "example: deepspeed --num_gpus 2 -m sparselt_dist.pretrain --config quickstart budget.max_steps=100"
 

@@ -110,6 +110,7 @@ def find_start(
         return Start(None, Progress(), {})
     meta = distributed.agreed(ranks, lambda: _matching_meta(found, config, data))
     console.message(f"continuing from {found} at step {meta['step']}")
+    ledger_seconds = distributed.on_main(ranks, lambda: _ledger_of(run_dir, found, meta))
     prelude = meta.get("prelude")
     progress = Progress.from_dict(meta["progress"])
     noted = distributed.on_main(ranks, lambda: read_left_out(run_dir, progress.position))
@@ -117,7 +118,7 @@ def find_start(
     return Start(
         found,
         progress,
-        distributed.on_main(ranks, lambda: _ledger_of(run_dir, found, meta)),
+        ledger_seconds,
         None if prelude is None else PreludeReport(**prelude),
     )
 
