@@ -7,7 +7,7 @@
 (`trainer_run.py`). All have the same text, vocabulary and minutes of the wall clock, so on a shared machine only runs at the
 same time (`--at-once`, started in the order of the arms) compare with each other. The yardsticks (masked cross-entropy
 and accuracy of a recovered head, at one masking rate for all) are on the same held-out text, in
-rows as the arm packs them.
+rows as the arm packs them: `sparselt evaluate` with other shards measures two packings on the same rows.
 A run that is there is not made again; one that was stopped goes on.
 """
 
