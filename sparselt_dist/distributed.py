@@ -147,8 +147,8 @@ def allow_open_files(world_size: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _meet(ranks: Ranks, backend: str, timeout: timedelta = MEETING_TIMEOUT) -> None:
-    """Start torch's process group once all ranks have come to rank 0's store.
+def _meet(ranks: Ranks, backend: str, device: torch.device | None = None, timeout: timedelta = MEETING_TIMEOUT) -> None:
+    """Start torch's process group, its collectives on `device` if it is no CPU, once all ranks have come to rank 0's store.
 
     Raises:
         RunFailureError: not all came in time, or rank 0's address cannot be used.
@@ -160,7 +160,12 @@ def _meet(ranks: Ranks, backend: str, timeout: timedelta = MEETING_TIMEOUT) -> N
     try:
         store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
         dist.init_process_group(
-            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT
+            backend,
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            timeout=GROUP_TIMEOUT,
+            device_id=device,
         )
     except dist.DistError as error:
         # Behind the first line stand C++ frames.
@@ -196,9 +201,10 @@ def initialise(ranks: Ranks) -> torch.device:
     # Of DeepSpeed's compiled CPU collectives only inference makes use; building them takes minutes at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
-    _meet(ranks, backend)
+    device = torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(device_number))
+    _meet(ranks, backend, None if on_cpu else device)
     deepspeed.init_distributed(dist_backend=backend, timeout=GROUP_TIMEOUT, verbose=False, auto_mpi_discovery=False)
-    return torch.device("cpu") if on_cpu else torch.device(accelerator.device_name(device_number))
+    return device
 
 
 def shut_down() -> None:

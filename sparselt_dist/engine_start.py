@@ -59,8 +59,12 @@ def reduce_nothing(engine: DeepSpeedEngine) -> None:
     What is left of it: parameters that the step did not use get zeros for a gradient, so that one rank decays them as two do.
     """
 
+    trained = [p for p in engine.module.parameters() if p.requires_grad]
+
     def only_fill(grads: object = None, elements_per_buffer: int = 0) -> None:
-        engine._get_gradients_for_reduction()
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     engine.buffered_allreduce_fallback = only_fill
 

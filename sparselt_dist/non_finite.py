@@ -53,6 +53,7 @@ class GuardedStep:
         self.engine = engine
         self.stage = engine.zero_optimization_stage()
         self.clip_norm = clip_norm
+        self._parameters = list(engine.module.parameters())  # a walk through all modules takes milliseconds
         # DeepSpeed's, of fp16: at ZeRO 0 the engine has it, else the optimizer
         self.scaler = engine.torch_autocast_z0_gradscaler or getattr(
             engine.optimizer, "torch_autocast_gradscaler", None
@@ -60,12 +61,15 @@ class GuardedStep:
         self._norm = torch.zeros(())
         if self.stage == 0 and clip_norm is not None:
             # DeepSpeed would take the norm a second time, tensor by tensor.
-            engine.clip_fp32_gradients = lambda: clip_grads_with_norm_(
-                engine.module.parameters(), clip_norm, self._norm
-            )
+            engine.clip_fp32_gradients = lambda: clip_grads_with_norm_(self._parameters, clip_norm, self._norm)
+
+    def measure(self) -> None:
+        """Ask for the norm before anything is waited for: an accelerator then takes it right after the backward pass."""
+        if self.stage == 0:
+            self._norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
 
     def take(self) -> Update:
-        """Update the weights, or, with a gradient that is no number, drop it. All ranks call it and decide alike."""
+        """Update the weights by what was measured, or drop gradients that are no numbers. All ranks decide alike."""
         if self.stage == 0:
             return self._take_without_zero()
         scale, optimizer = self._scale(), self.engine.optimizer
@@ -79,8 +83,8 @@ class GuardedStep:
         return Update(None if norm is None else float(norm) / scale, self._is_overflow() or not optimizer.overflow)
 
     def _take_without_zero(self) -> Update:
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        self._norm = get_total_norm(gradients) / self._scale()
+        if self.scaler is not None:
+            self._norm = self._norm / self._scale()
         norm = float(self._norm)
         if not (self._is_overflow() or math.isfinite(norm)):
             self.engine.zero_grad()

@@ -24,7 +24,7 @@ class Sums:
 
     def add(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         old = self.values.get(name)
-        total, count = total.detach().double(), count.detach().double().to(total.device)
+        total, count = total.detach().double(), count.detach().double()  # each where it is: moving waits for the device
         self.values[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
     def add_output(self, output: LossOutput | SplitLossOutput, batch: Batch) -> None:
@@ -32,8 +32,7 @@ class Sums:
         parts = loss_terms(output)
         self.losses.append(sum(part.detach() for part in parts.values()))  # type: ignore[arg-type]
         for key, part in parts.items():
-            count = batch[key].to(part.device)
-            self.add(f"loss/{key}", part * count, count)
+            self.add(f"loss/{key}", part * batch[key], batch[key])
         for name, (total, count) in output.metrics.items():
             self.add(f"term/{name}", total, count)
 

@@ -257,7 +257,10 @@ class Trainer:
                 last = number == len(drawn) - 1
                 self._forward_backward(micro_batch.batch, total.counts, sums, last)
         end = advanced(self.progress.position, batch_size, self.progress.left_out)
-        loss, stop = self._agree_before_update(sums.share(total.counts), started, step.micro_steps)
+        with self.ledger.phase("backward"):  # whose end is waited for here
+            self.guarded.measure()
+            own_loss = sums.share(total.counts)
+        loss, stop = self._agree_before_update(own_loss, started, step.micro_steps)
         if loss is not None:
             place = (self.progress.step + 1, self.progress.position, end)
             self._say(self.spikes.look(loss, *place, self.saving.saved_position))

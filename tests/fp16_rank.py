@@ -38,6 +38,7 @@ def steps(stage: int) -> Iterator[dict[str, float | bool | None]]:
     for size in (1e6, 1e6, 1.0, 1.0):
         before = weights()
         engine.backward(engine(torch.ones(1, 4)).float().sum() * size)
+        guarded.measure()
         update = guarded.take()
         scale = guarded.scaler.get_scale()
         yield {"norm": update.norm, "made": update.is_made, "scale": scale, "moved": float((weights() - before).norm())}

@@ -7,7 +7,7 @@ A *batch* is a plain dict of CPU tensors (B rows, L positions):
 | `input_ids` | [B, L] int64 | always; possibly corrupted |
 | `attention_mask` | [B, L] int64 | always; 1 attend, 0 pad |
 | `labels` | [B, L] int64 | always; target id, or -100 for "not a target" |
-| `num_targets`, `num_tokens` | [] int64 | always; targets (the trainer's weight) and non-pad tokens |
+| `num_targets`, `num_tokens` | [] int64 | always; targets (the trainer's weight) and non-pad tokens; they stay on the CPU |
 | `original_ids` | [B, L] int64 | optional; ids before corruption |
 | `segment_ids`, `position_ids` | [B, L] int64 | optional, packed rows: document number (0 = pad), position in it |
 | `<objective>/<key>` | documented there | private to one objective |
@@ -27,8 +27,11 @@ Batch = dict[str, torch.Tensor]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device; copies from pinned memory are not awaited."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """The batch on a device, but for its counts (tensors of no dimension), which can so be read without waiting for it.
+
+    Copies from pinned memory are not awaited.
+    """
+    return {key: value.to(device, non_blocking=True) if value.dim() else value for key, value in batch.items()}
 
 
 class Example(TypedDict):

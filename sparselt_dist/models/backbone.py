@@ -51,6 +51,7 @@ class Backbone(nn.Module):
         self.has_head = has_head
         self._accepted = frozenset(inspect.signature(self.body.forward).parameters)
         self._documents: tuple[Tensor, Tensor] | None = None
+        self._full_mask: Tensor | None = None
 
     @property
     def body(self) -> PreTrainedModel:
@@ -88,22 +89,30 @@ class Backbone(nn.Module):
         mask: Tensor | dict[str, Tensor] | None = attention_mask
         if segment_ids is not None:
             mask = self._segment_mask(segment_ids)
-        elif attention_mask is not None and attention_mask.device.type == "cpu" and bool(attention_mask.all()):
-            mask = None  # attention without a mask is faster; on an accelerator this look would cost a synchronisation
+        elif attention_mask is not None and self._hides_nothing(attention_mask):
+            mask = None  # attention without a mask is faster
         if position_ids is not None:
             options["position_ids"] = position_ids + self._first_position()
         hidden_BLD: Tensor = self.body(input_ids=input_ids, attention_mask=mask, **options)[0]
         return hidden_BLD
 
     @contextmanager
-    def documents_of(self, batch: Batch) -> Iterator[None]:
-        """Inside, rows of the batch's shape are packed as the batch says: no objective can forget to pass that on."""
+    def knowing(self, batch: Batch) -> Iterator[None]:
+        """Inside, rows of the batch's shape are packed as the batch says: no objective can forget to pass that on. And
+        whether its rows are full is told by its count, without a look at the mask."""
         if "segment_ids" in batch:
             self._documents = (batch["segment_ids"], batch["position_ids"])
+        mask = batch.get("attention_mask")
+        if mask is not None and "num_tokens" in batch and int(batch["num_tokens"]) == mask.numel():
+            self._full_mask = mask
         try:
             yield
         finally:
-            self._documents = None
+            self._documents = self._full_mask = None
+
+    def _hides_nothing(self, mask_BL: Tensor) -> bool:
+        """Whether a mask is known to be all ones; on an accelerator a look at it would be waited for."""
+        return mask_BL is self._full_mask or (mask_BL.device.type == "cpu" and bool(mask_BL.all()))
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """The model's own head on any hidden states: [N, D] to [N, V]; N may be 0."""
@@ -206,7 +215,7 @@ class PretrainingModel(nn.Module):
     def forward(self, batch: Batch, *, statistics: bool = False) -> LossOutput | SplitLossOutput | Tensor:
         """The objective's loss of a batch, or the `statistics` that its step is told beforehand."""
         objective: Any = self.objective
-        with self.backbone.documents_of(batch):
+        with self.backbone.knowing(batch):
             output: LossOutput | SplitLossOutput | Tensor = (
                 objective.statistics(self.backbone, batch) if statistics else objective(self.backbone, batch)
             )

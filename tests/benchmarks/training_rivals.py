@@ -2,7 +2,8 @@
 
     python tests/benchmarks/training_rivals.py '{"family": "loop", ...}' MARKS
 
-`Job` has the keys. After every optimizer step a line `step seconds` (a clock that only rises) is added to the file MARKS.
+`Job` has the keys. After an optimizer step (on a GPU: when the device is done with so many) a line `step seconds` (a clock
+that only rises) is added to the file MARKS.
 All read the same stored rows, train in the same precision with a fused AdamW and clip the gradient; B rows, L positions.
 
 * trainer-bert, trainer-crammed: transformers' `Trainer` and `DataCollatorForLanguageModeling`, as documented;
@@ -36,6 +37,7 @@ from transformers import (
 
 from sparselt_dist.allocator import keep_freed_memory
 from sparselt_dist.config import ModelSection, OptimSection
+from sparselt_dist.data.batch import to_device
 from sparselt_dist.data.corpora import open_folder
 from sparselt_dist.data.tokenizer import tokenizer_info
 from sparselt_dist.models.backbone import PretrainingModel, build_backbone
@@ -46,6 +48,7 @@ from sparselt_dist.optim import build_optimizer
 
 LENGTH, VOCABULARY, PROBABILITY = 128, 32768, 0.15
 ENDLESS = 10**9
+LARGE = {"cpu": (2048, 2048, 2048), "cuda": (8192, 8192, 8192)}
 PREPARED_STEPS = 8  # of `bare`, whose batches come again
 
 
@@ -62,18 +65,31 @@ class Job(NamedTuple):
     precision: str
     compiled: bool
     workers: int
+    device: str
+    """cpu or cuda."""
+    mark_every: int
+    """Steps between marks; a mark waits for the device."""
 
 
 class Marks:
     """The file of finished steps."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, job: Job) -> None:
         self._file = path.open("a")
+        self._job = job
         self._step = 0
 
     def add(self) -> None:
         self._step += 1
-        print(self._step, time.monotonic(), file=self._file, flush=True)
+        if self._step % self._job.mark_every == 0:
+            wait_for(self._job.device)
+            print(self._step, time.monotonic(), file=self._file, flush=True)
+
+
+def wait_for(device: str) -> None:
+    """Until the device has done all that was asked of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def stored_rows(shards: str) -> np.ndarray:
@@ -132,7 +148,7 @@ def run_trainer(job: Job, marks: Marks) -> None:
         max_steps=ENDLESS,
         per_device_train_batch_size=job.micro_batch,
         gradient_accumulation_steps=job.batch // job.micro_batch,
-        use_cpu=True,
+        use_cpu=job.device == "cpu",
         bf16=job.precision == "bf16",
         torch_compile=job.compiled,
         optim="adamw_torch_fused",
@@ -158,10 +174,10 @@ def run_trainer(job: Job, marks: Marks) -> None:
 
 def _masked(rows_BL: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """Inputs and labels: 15 % targets, of which 80 % show the mask, 10 % a random id and 10 % themselves."""
-    target_BL = torch.rand(rows_BL.shape) < PROBABILITY
-    kind_BL = torch.rand(rows_BL.shape)
+    target_BL = torch.rand(rows_BL.shape, device=rows_BL.device) < PROBABILITY
+    kind_BL = torch.rand(rows_BL.shape, device=rows_BL.device)
     inputs_BL = torch.where(target_BL & (kind_BL < 0.8), mask_id, rows_BL)
-    random_BL = torch.randint(5, VOCABULARY, rows_BL.shape)
+    random_BL = torch.randint(5, VOCABULARY, rows_BL.shape, device=rows_BL.device)
     inputs_BL = torch.where(target_BL & (kind_BL > 0.9), random_BL, inputs_BL)
     return inputs_BL, torch.where(target_BL, rows_BL, -100)
 
@@ -172,17 +188,17 @@ def _permuted(rows: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def run_loop(job: Job, marks: Marks) -> None:
-    model = crammed_model(job.sizes).train()
+    model = crammed_model(job.sizes).train().to(job.device)
     if job.compiled:
         model.encoder.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     mask_id = tokenizer_info(Path(job.shards, "tokenizer")).mask_id
-    batches = _permuted(torch.from_numpy(stored_rows(job.shards)), job.micro_batch)
+    batches = _permuted(torch.from_numpy(stored_rows(job.shards)).to(job.device), job.micro_batch)
     accumulation = job.batch // job.micro_batch
     while True:
         for _ in range(accumulation):
             inputs_BL, labels_BL = _masked(next(batches), mask_id)
-            with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
+            with torch.autocast(job.device, torch.bfloat16, enabled=job.precision == "bf16"):
                 if job.family == "loop":
                     loss = model(input_ids=inputs_BL, labels=labels_BL).loss
                 else:
@@ -209,6 +225,7 @@ def product_model(job: Job) -> tuple[PretrainingModel, MLMConfig]:
 def run_bare(job: Job, marks: Marks) -> None:
     keep_freed_memory()
     model, settings = product_model(job)
+    model.to(job.device)
     if job.compiled:
         model.backbone.body.compile()
     optimizer = build_optimizer(model.train(), OptimSection(peak_lr=1e-4))
@@ -216,11 +233,13 @@ def run_bare(job: Job, marks: Marks) -> None:
     rows = stored_rows(job.shards)[: job.batch * PREPARED_STEPS].astype(np.uint16)
     examples = [{"key": str(number), "ids": row, "seed": number} for number, row in enumerate(rows)]
     batches = [collate(examples[at : at + job.micro_batch]) for at in range(0, len(examples), job.micro_batch)]
+    if job.device == "cuda":
+        batches = [{key: value.pin_memory() for key, value in batch.items()} for batch in batches]
     accumulation = job.batch // job.micro_batch
     while True:
         for number in range(len(batches)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16"):
-                loss = model(batches[number]).loss
+            with torch.autocast(job.device, torch.bfloat16, enabled=job.precision == "bf16"):
+                loss = model(to_device(batches[number], torch.device(job.device))).loss
             (loss / accumulation).backward()
             if (number + 1) % accumulation == 0:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -247,13 +266,16 @@ def matmul_peaks(job: Job, seconds: float = 0.5) -> dict[str, float]:
     tokens, width, inner = job.micro_batch * LENGTH, job.sizes["hidden_size"], job.sizes["intermediate_size"]
     found = {}
     for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        for rows, depth, columns in ((tokens, width, 3 * width), (tokens, width, inner), (2048, 2048, 2048)):
-            left, right = torch.ones(rows, depth, dtype=dtype), torch.ones(depth, columns, dtype=dtype)
+        for rows, depth, columns in ((tokens, width, 3 * width), (tokens, width, inner), LARGE[job.device]):
+            left = torch.randn(rows, depth, dtype=dtype, device=job.device)
+            right = torch.randn(depth, columns, dtype=dtype, device=job.device)
             out, best = left @ right, float("inf")
             deadline = time.perf_counter() + seconds
             while time.perf_counter() < deadline:
+                wait_for(job.device)
                 started = clock()
                 torch.mm(left, right, out=out)
+                wait_for(job.device)
                 best = min(best, clock() - started)
             found[f"{kind} {rows}x{depth}x{columns}"] = 2e-9 * rows * depth * columns / best
     return found
@@ -265,7 +287,7 @@ def main() -> None:
     if job.family == "peak":
         print(json.dumps(matmul_peaks(job)))
         return
-    FAMILIES[job.family](job, Marks(Path(sys.argv[2])))
+    FAMILIES[job.family](job, Marks(Path(sys.argv[2]), job))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Training speed side by side: the product, a loop written by hand, and transformers' `Trainer`, on this machine's CPU.
+"""Training speed side by side: the product, a loop written by hand, and transformers' `Trainer`, on a CPU or a GPU.
 
     python tests/benchmarks/training_speed.py --work-dir /tmp/speed
     python tests/benchmarks/training_speed.py --work-dir /tmp/speed --sizes 25m --rounds 15 --precision fp32
     python tests/benchmarks/training_speed.py --work-dir /tmp/speed --sizes 4m --families ours --logging --steps 100
     python tests/benchmarks/training_speed.py --work-dir /tmp/speed --sizes 25m --families ours --scaling --stalls
+    python tests/benchmarks/training_speed.py --work-dir /tmp/speed --device cuda --steps 50 --workers 4
 
 Masked language modelling on rows of 128 real tokens, vocabulary 32,768, the same rows an optimizer step for all. `ours` is a
 real `pretrain`, read from its journal: its whole wall clock counts. Every family is first tried with and without
@@ -42,6 +43,7 @@ from sparselt_dist.objectives.mlm import MLM
 
 # Parameters, and rows an optimizer step: 4.5 M = 4.2 M table + 2 layers; 24.4 M = 12.6 M table + 8; 119.6 M = 25.2 M + 16.
 SIZES = {"4m": (128, 2, 64), "25m": (384, 8, 32), "120m": (768, 16, 16)}
+GPU_ROWS = {"4m": 512, "25m": 256, "120m": 128}  # all competitors of a size lie in the device's memory together
 FAMILIES = ["trainer-bert", "trainer-crammed", "loop", "loop-all-logits", "ours", "bare"]
 FOLLOWS = {"loop-all-logits": "loop", "bare": "ours"}  # takes the settings found for another
 WARM_UP_STEPS = 4
@@ -126,7 +128,7 @@ def start(job: Job, work: Path, args: argparse.Namespace) -> Competitor:
         threads = args.threads // 2 if "2 ranks" in job.family else args.threads
     output = place / "output"
     with output.open("w") as sink:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": args.device}
         process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink, cwd=place)
     settings = f"{'compiled' if job.compiled else 'eager'}, {job.micro_batch} rows"
     competitor = Competitor(f"{job.family} ({settings})", job, process, output, read_marks, args.processor_time)
@@ -189,7 +191,7 @@ def product_command(job: Job, place: Path, steps: int) -> list[str]:
 def candidates(job: Job, args: argparse.Namespace) -> list[Job]:
     """The settings a user would try."""
     micro_batches = sorted({max(1, job.batch // share) for share in args.micro_shares}, reverse=True)
-    workers = args.trainer_workers if job.family.startswith("trainer") else [0]
+    workers = args.workers if job.family.startswith(("trainer", "ours")) else [0]
     return [
         job._replace(compiled=compiled, micro_batch=rows, workers=number)
         for compiled in args.compiled
@@ -289,7 +291,7 @@ def stalls(job: Job, work: Path, args: argparse.Namespace) -> None:
     command += [f"budget.max_steps={STALL_STEPS}", f"train.evaluate_every_steps={STALL_EVERY}"]
     command += [f"checkpoint.every_steps={STALL_EVERY}", "train.yardsticks=false"]
     command += [f"data.validation={Path(job.shards).with_name('validation')}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "DS_ACCELERATOR": args.device}
     with (place / "output").open("w") as sink:
         subprocess.run(command, env=environment, stdout=sink, stderr=sink, cwd=place, check=True)
     spent = ledger(json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[-1]))
@@ -321,7 +323,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a turn, and between our journal lines")
     parser.add_argument("--micro-shares", type=int, nargs="+", default=[1, 4], help="micro-batches a step to try")
     parser.add_argument("--compile", choices=["try", "always", "never"], default="try")
-    parser.add_argument("--trainer-workers", type=int, nargs="+", default=[0], help="loader processes to try")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0], help="loader processes of Trainer and ours to try")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--processor-time", action="store_true", help="instead of the clock's")
     parser.add_argument("--scaling", action="store_true", help="2 ranks with half the threads each, ZeRO 1, beside 1")
     parser.add_argument("--logging", action="store_true", help="a journal line each step, and MLflow's besides")
@@ -343,8 +346,9 @@ def main() -> None:
         args.families = [family for family in args.families if not family.startswith("trainer")]
     for name in args.sizes:
         print(f"\n{name}, {args.threads} threads; load of the machine {os.getloadavg()[0]:.1f}", flush=True)
-        batch = SIZES[name][2]
-        job = Job("", sizes_of(name), str(shards), batch, batch, args.precision, False, 0)
+        batch = SIZES[name][2] if args.device == "cpu" else GPU_ROWS[name]
+        marks = 1 if args.device == "cpu" else args.steps
+        job = Job("", sizes_of(name), str(shards), batch, batch, args.precision, False, 0, args.device, marks)
         chosen, found = compare(job, args.work_dir, args)
         report(job, chosen, found)
         if args.stalls:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig
 
 from sparselt_dist.config import ModelSection
+from sparselt_dist.data.batch import to_device
 from sparselt_dist.errors import CheckpointError, ConfigError
 from sparselt_dist.models.backbone import Backbone, PretrainingModel, build_backbone
 from sparselt_dist.models.construction import make_config
@@ -139,6 +140,21 @@ def test_an_all_ones_mask_is_left_out_and_a_real_one_is_not():
     split(ids, mask)
     assert seen[0] is None
     assert seen[1] is mask
+
+
+def test_on_an_accelerator_the_count_of_tokens_tells_that_a_mask_is_all_ones():
+    class Objective(nn.Module):
+        def forward(self, split, batch):
+            return LossOutput(split(batch["input_ids"], attention_mask=batch["attention_mask"]).sum(), {})
+
+    split, (ids, mask) = backbone("crammed-bert").to("meta"), padded_ids()  # a look at a tensor there is an error
+    model, seen = PretrainingModel(split, Objective()), []
+    split.body.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+    for one in (torch.ones_like(mask), mask):
+        batch = to_device({"input_ids": ids, "attention_mask": one, "num_tokens": one.sum()}, torch.device("meta"))
+        model(batch)
+    assert seen[0] is None
+    assert seen[1] is batch["attention_mask"]
 
 
 def test_padding_does_not_leak_into_a_row():

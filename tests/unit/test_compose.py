@@ -27,7 +27,7 @@ def has_health_check(name: str) -> bool:
     return "healthcheck" in SERVICES[name] or (name in BUILT and "\nHEALTHCHECK" in DOCKERFILE)
 
 
-@pytest.mark.parametrize("name", SERVICES.keys() - BUILT.keys())
+@pytest.mark.parametrize("name", sorted(SERVICES.keys() - BUILT.keys()))
 def test_images_of_others_are_pinned(name: str) -> None:
     assert re.fullmatch(r"[a-z0-9./-]+:[\w.-]*\d+[.-]\d+[\w.-]*", SERVICES[name]["image"])
 

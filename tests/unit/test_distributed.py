@@ -50,7 +50,7 @@ def test_a_rank_waits_for_the_others_only_so_long(rank: int, monkeypatch: pytest
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RunFailureError, match=f"rank {rank}: the 2 ranks did not meet at 127.0.0.1:.* within 0.5 s"):
-        _meet(Ranks(rank, 2, 0), "gloo", timedelta(seconds=0.5))
+        _meet(Ranks(rank, 2, 0), "gloo", timeout=timedelta(seconds=0.5))
 
 
 def test_a_signal_only_sets_the_flag() -> None:
