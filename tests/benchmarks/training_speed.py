@@ -323,7 +323,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a turn, and between our journal lines")
     parser.add_argument("--micro-shares", type=int, nargs="+", default=[1, 4], help="micro-batches a step to try")
     parser.add_argument("--compile", choices=["try", "always", "never"], default="try")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0], help="loader processes of Trainer and ours to try")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0], help="loader processes of Trainer and ours to try"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--processor-time", action="store_true", help="instead of the clock's")
     parser.add_argument("--scaling", action="store_true", help="2 ranks with half the threads each, ZeRO 1, beside 1")
