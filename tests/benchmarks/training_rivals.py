@@ -8,6 +8,7 @@ All read the same stored rows, train in the same precision with a fused AdamW an
 
 * trainer-bert, trainer-crammed: transformers' `Trainer` and `DataCollatorForLanguageModeling`, as documented;
 * loop, loop-all-logits: the loop a careful user writes, without and with logits at the positions that are no targets;
+* loop-sdpa: the first with torch's own attention, where our model class has a faster one for short rows on a CPU;
 * bare: the product's model, objective and optimizer on batches made beforehand: no DeepSpeed, loader or journal.
 """
 
@@ -40,6 +41,7 @@ from sparselt_dist.config import ModelSection, OptimSection
 from sparselt_dist.data.batch import to_device
 from sparselt_dist.data.corpora import open_folder
 from sparselt_dist.data.tokenizer import tokenizer_info
+from sparselt_dist.models import crammed
 from sparselt_dist.models.backbone import PretrainingModel, build_backbone
 from sparselt_dist.models.crammed import CrammedBertConfig, CrammedBertForMaskedLM
 from sparselt_dist.objectives.mlm import MLM
@@ -188,6 +190,8 @@ def _permuted(rows: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def run_loop(job: Job, marks: Marks) -> None:
+    if job.family == "loop-sdpa":
+        crammed.LONGEST_PRODUCT_ROW = 0
     model = crammed_model(job.sizes).train().to(job.device)
     if job.compiled:
         model.encoder.compile()
@@ -199,7 +203,7 @@ def run_loop(job: Job, marks: Marks) -> None:
         for _ in range(accumulation):
             inputs_BL, labels_BL = _masked(next(batches), mask_id)
             with torch.autocast(job.device, torch.bfloat16, enabled=job.precision == "bf16"):
-                if job.family == "loop":
+                if job.family != "loop-all-logits":
                     loss = model(input_ids=inputs_BL, labels=labels_BL).loss
                 else:
                     logits = model(input_ids=inputs_BL).logits
@@ -252,6 +256,7 @@ FAMILIES: dict[str, Callable[[Job, Marks], None]] = {
     "trainer-bert": run_trainer,
     "trainer-crammed": run_trainer,
     "loop": run_loop,
+    "loop-sdpa": run_loop,
     "loop-all-logits": run_loop,
     "bare": run_bare,
 }

@@ -44,8 +44,8 @@ from sparselt_dist.objectives.mlm import MLM
 # Parameters, and rows an optimizer step: 4.5 M = 4.2 M table + 2 layers; 24.4 M = 12.6 M table + 8; 119.6 M = 25.2 M + 16.
 SIZES = {"4m": (128, 2, 64), "25m": (384, 8, 32), "120m": (768, 16, 16)}
 GPU_ROWS = {"4m": 512, "25m": 256, "120m": 128}  # all competitors of a size lie in the device's memory together
-FAMILIES = ["trainer-bert", "trainer-crammed", "loop", "loop-all-logits", "ours", "bare"]
-FOLLOWS = {"loop-all-logits": "loop", "bare": "ours"}  # takes the settings found for another
+FAMILIES = ["trainer-bert", "trainer-crammed", "loop", "loop-sdpa", "loop-all-logits", "ours", "bare"]
+FOLLOWS = {"loop-sdpa": "loop", "loop-all-logits": "loop", "bare": "ours"}  # takes the settings found for another
 WARM_UP_STEPS = 4
 SCREENING_TURNS = 2
 POLL_SECONDS = 0.01
