@@ -248,26 +248,27 @@ def _table(backbone: nn.Module) -> nn.Module:
 
 
 def _output(total: Tensor, count: int, metrics: Metrics) -> LossOutput:
-    counted = torch.tensor(count, device=total.device)
+    counted = torch.tensor(count)
     return LossOutput((total / max(count, 1)).float(), {"loss": (total.detach(), counted), **metrics})
 
 
 def _head_metrics(found: CrossEntropy, count: int) -> Metrics:
-    counted = torch.tensor(count, device=found.total.device)
+    counted = torch.tensor(count)
     return {"cross_entropy": (found.total.detach(), counted), "accuracy": (found.correct, counted)}
 
 
 def _contrast_metrics(contrast: Contrast, columns: Columns) -> Metrics:
-    """Means over targets, and, of micro-batches with any, the mean size of the contrast and the mean largest score."""
-    device = contrast.total.device
-    counted = torch.tensor(len(columns.labels_K), device=device)
-    one = torch.tensor(int(len(columns.labels_K) > 0), device=device)
+    """Means over targets, and, of micro-batches with any, the mean size of the contrast and the mean largest score.
+
+    Counts stay on the CPU, for handing them to an accelerator would be waited for.
+    """
+    counted, one = torch.tensor(len(columns.labels_K)), torch.tensor(int(len(columns.labels_K) > 0))
     return {
         "contrastive": (contrast.total.detach(), counted),
         "in_batch_cross_entropy": (contrast.in_batch, counted),
         "in_batch_accuracy": (contrast.correct, counted),
         "targets": (counted, one),
-        "columns": (torch.tensor(len(columns.ids_C), device=device) * one, one),
+        "columns": (torch.tensor(len(columns.ids_C)) * one, one),
         "largest_score": (contrast.largest, one),
     }
 

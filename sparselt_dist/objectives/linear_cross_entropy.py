@@ -165,9 +165,7 @@ class _CrossEntropyOfScores(torch.autograd.Function):
             label_n1 = labels_n.clamp(min=0)[:, None]
             best_n1 = raw_nV.amax(dim=1, keepdim=True)
             own_n1 = raw_nV.gather(1, label_n1)
-            # The first of several equal scores is the guess; `argmax` is slow, and only these rows can be right.
-            hits = ((own_n1 == best_n1) & counts_n1).squeeze(1).nonzero().squeeze(1)
-            correct.append((_widened(raw_nV[hits]).argmax(dim=1) == labels_n[hits]).sum())
+            correct.append(count_correct(raw_nV, labels_n, (own_n1 == best_n1).squeeze(1)))
             best_n1, own_n1 = _widened(best_n1), _widened(own_n1)
             terms_nV = (raw_nV - best_n1).exp_()
             sums_n1 = terms_nV.sum(dim=1, keepdim=True)
@@ -189,6 +187,16 @@ class _CrossEntropyOfScores(torch.autograd.Function):
         for part_nV, slot_nV in zip(gradient_NV.split(ctx.rows), scaled_NV.split(ctx.rows), strict=True):
             slot_nV.copy_(_widened(part_nV) * grad_total)  # in half precision the factor would be rounded first
         return scaled_NV, None
+
+
+def count_correct(scores_nV: Tensor, labels_n: Tensor, may_be_n: Tensor) -> Tensor:
+    """How many labels have the largest score, the first of several equal ones, of those that `may_be_n` says have it."""
+    if (
+        scores_nV.device.type == "cpu"
+    ):  # `argmax` is slow there; on an accelerator it is not, and picking rows is waited for
+        picked = (may_be_n & (labels_n != IGNORE_INDEX)).nonzero().squeeze(1)
+        scores_nV, labels_n = _widened(scores_nV[picked]), labels_n[picked]
+    return (scores_nV.argmax(dim=1) == labels_n).sum()
 
 
 def _rows_in_cache(scores_NV: Tensor) -> int:

@@ -14,7 +14,12 @@ from sparselt_dist.data.batch import IGNORE_INDEX
 from sparselt_dist.models.backbone import Backbone
 from sparselt_dist.objectives import linear_cross_entropy
 from sparselt_dist.objectives.contract import TINY_TOKENIZER, TinyBackbone, tiny_examples
-from sparselt_dist.objectives.linear_cross_entropy import chunked_cross_entropy, full_cross_entropy, head_cross_entropy
+from sparselt_dist.objectives.linear_cross_entropy import (
+    chunked_cross_entropy,
+    count_correct,
+    full_cross_entropy,
+    head_cross_entropy,
+)
 from sparselt_dist.objectives.mlm import MLM
 from sparselt_dist.objectives.settings import MLMConfig
 
@@ -177,3 +182,15 @@ def test_a_score_that_is_not_a_number_reaches_the_loss() -> None:
     scores = torch.zeros(2, 5).index_fill(0, torch.tensor([1]), float("nan"))
     found = full_cross_entropy(lambda hidden: hidden, scores, torch.tensor([0, 1]))
     assert found.total.isnan() and found.largest.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rows_that_are_picked_on_a_cpu_count_as_all_rows_do_on_an_accelerator(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randint(0, 4, (500, 7), generator=generator).to(dtype)  # many ties
+    labels = torch.randint(0, 7, (500,), generator=generator)
+    labels[::5] = IGNORE_INDEX
+    own = scores.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    expected = (scores.argmax(dim=1) == labels).sum()
+    assert 0 < expected < (own == scores.amax(dim=1)).sum()
+    assert count_correct(scores, labels, own == scores.amax(dim=1)) == expected
