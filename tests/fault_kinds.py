@@ -126,14 +126,15 @@ def rank_killed(case: Case) -> Iterator[Plan]:
 
 @contextmanager
 def rank_stopped(case: Case) -> Iterator[Plan]:
-    """A hang, with the stopped rank as the one behind."""
+    """A hang, with the stopped rank as the one behind; before the ranks have met, the others wait for it in vain."""
     expected = [""]
 
     def make(process: Process) -> bool:
         if (picked := _rank(case, process)) is None:
             return False
         name, victim = picked
-        expected[0] = rf"the run hangs: nothing got on for {HANG_MINUTES:g} minutes[^|]*behind: {name} on "
+        hangs = rf"the run hangs: nothing got on for {HANG_MINUTES:g} minutes[^|]*behind: {name} on "
+        expected[0] = rf"{hangs}|ranks did not meet at "
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.suspend()
         return True

@@ -182,7 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps")
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a start counts as hung")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds after which a start counts as hung")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.work_dir = arguments.work_dir.absolute()
