@@ -12,12 +12,14 @@ import re
 import resource
 import signal
 import socket
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparselt_dist.errors import ConfigError, RunFailureError, SparseltError
 
@@ -35,6 +37,7 @@ FILES_A_RANK, OTHER_FILES = 8, 1024
 GROUP_TIMEOUT = timedelta(hours=2)
 # Between the first rank and the last: one that died on its way is missed so late only where no launcher ends the others.
 MEETING_TIMEOUT = timedelta(minutes=10)
+_LONGER = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -156,22 +159,30 @@ def _meet(ranks: Ranks, backend: str, device: torch.device | None = None, timeou
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    found: SimpleQueue[Any] = SimpleQueue()
+
+    def find_store() -> None:
+        try:
+            found.put(next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout + _LONGER))[0])
+        except Exception as error:
+            found.put(error)
+
+    # Against a rank 0 that has stopped, torch tries twice and longer than it is told: the limit is kept here.
+    threading.Thread(target=find_store, daemon=True).start()
     try:
-        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout))
+        store = found.get(timeout=timeout.total_seconds())
+        if isinstance(store, Exception):
+            raise store
         dist.init_process_group(
-            backend,
-            store=store,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            timeout=GROUP_TIMEOUT,
-            device_id=device,
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=GROUP_TIMEOUT, device_id=device
         )
-    except dist.DistError as error:
+    except (Empty, dist.DistError) as error:
         # Behind the first line stand C++ frames.
+        reason = str(error).splitlines()[0] if str(error) else "some did not come"
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RunFailureError(
             f"rank {ranks.rank}: the {ranks.world_size} ranks did not meet at {place} within "
-            f"{timeout.total_seconds():g} s ({str(error).splitlines()[0]}); look for the first rank that failed, see that "
+            f"{timeout.total_seconds():g} s ({reason}); look for the first rank that failed, see that "
             "all hosts reach that address, or, where it is in use, start again on another port"
         ) from None
 

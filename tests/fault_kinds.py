@@ -191,6 +191,7 @@ def checkpoint_torn(case: Case) -> Iterator[Plan]:
 
     def make(process: Process) -> bool:
         process.kill()
+        process.wait()  # before another can reap it, and with it its code
         end_all(case.mark)
         newest.append(checkpoint.complete_checkpoints(case.run)[-1])
         damage(case.generator.choice(sorted(newest[0].iterdir())), case.generator)

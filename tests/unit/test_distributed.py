@@ -3,6 +3,8 @@
 import os
 import resource
 import signal
+import time
+import socket
 from datetime import timedelta
 
 import pytest
@@ -51,6 +53,22 @@ def test_a_rank_waits_for_the_others_only_so_long(rank: int, monkeypatch: pytest
         monkeypatch.setenv(name, value)
     with pytest.raises(RunFailureError, match=f"rank {rank}: the 2 ranks did not meet at 127.0.0.1:.* within 0.5 s"):
         _meet(Ranks(rank, 2, 0), "gloo", timeout=timedelta(seconds=0.5))
+
+
+def test_a_rank_0_that_was_stopped_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(silent.getsockname()[1]),
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+        }
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        started = time.monotonic()
+        with pytest.raises(RunFailureError, match="did not meet"):
+            _meet(Ranks(1, 2, 0), "gloo", timeout=timedelta(seconds=0.5))
+    assert time.monotonic() - started < 10
 
 
 def test_a_signal_only_sets_the_flag() -> None:
