@@ -3,8 +3,8 @@
 import os
 import resource
 import signal
-import time
 import socket
+import time
 from datetime import timedelta
 
 import pytest
