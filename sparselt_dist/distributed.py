@@ -37,7 +37,7 @@ FILES_A_RANK, OTHER_FILES = 8, 1024
 GROUP_TIMEOUT = timedelta(hours=2)
 # Between the first rank and the last: one that died on its way is missed so late only where no launcher ends the others.
 MEETING_TIMEOUT = timedelta(minutes=10)
-_LONGER = timedelta(minutes=1)
+_TORCHS_LIMIT = MEETING_TIMEOUT + timedelta(minutes=1)  # comes after ours, so that ours is the message
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _meet(ranks: Ranks, backend: str, device: torch.device | None = None, timeou
 
     def find_store() -> None:
         try:
-            found.put(next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timeout + _LONGER))[0])
+            found.put(next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=_TORCHS_LIMIT))[0])
         except Exception as error:
             found.put(error)
 

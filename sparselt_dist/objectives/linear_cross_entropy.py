@@ -190,10 +190,9 @@ class _CrossEntropyOfScores(torch.autograd.Function):
 
 
 def count_correct(scores_nV: Tensor, labels_n: Tensor, may_be_n: Tensor) -> Tensor:
-    """How many labels have the largest score, the first of several equal ones, of those that `may_be_n` says have it."""
-    if (
-        scores_nV.device.type == "cpu"
-    ):  # `argmax` is slow there; on an accelerator it is not, and picking rows is waited for
+    """How many labels have the largest score, the first of several equal ones; `may_be_n`: whether a label's is as large."""
+    # `argmax` is slow on a CPU, so only rows that can be right are looked at; on an accelerator picking them is waited for.
+    if scores_nV.device.type == "cpu":
         picked = (may_be_n & (labels_n != IGNORE_INDEX)).nonzero().squeeze(1)
         scores_nV, labels_n = _widened(scores_nV[picked]), labels_n[picked]
     return (scores_nV.argmax(dim=1) == labels_n).sum()
