@@ -170,8 +170,8 @@ def estimate_memory(facts: ModelFacts, layout: Layout, device: Device) -> Memory
 def _buffers(facts: ModelFacts, layout: Layout, device: Device) -> tuple[float, float]:
     """Bytes of DeepSpeed's buffers during the backward pass, and after it."""
     whole = float(facts.parameters * _FP32)
-    if layout.stage == 0:
-        return 0.0, min(whole, _FLAT_ELEMENTS * _FP32)
+    if layout.stage == 0:  # a rank alone reduces nothing
+        return 0.0, min(whole, _FLAT_ELEMENTS * _FP32) if layout.world_size > 1 else 0.0
     bucket, kept = float(layout.bucket_elements * _FP32), 0.0
     if device.kind == "cpu":
         # Buckets are allocated whole whatever the model, but pages that nothing writes to take no memory; the weights

@@ -6,7 +6,8 @@ Each run is the profile `crammed-cpu` (or another) for so many seconds. A stop i
 run is started again until it is finished. Shown: at which share of the budget the last checkpoint and held-out evaluation
 were committed, by the run's clock; what was reserved for them and what they took; the steps; the last rate as a share of the
 peak; the ledger beside the wall clock of all starts, which has imports and exit besides. Exit code 0 says that all landed
-between 98 and 100 % of the budget.
+between 98 and 100 % of the budget. With `--idle` a forward pass of training also sleeps, as where a device computes: an hour
+then leaves the processor to others.
 """
 
 from __future__ import annotations
@@ -25,10 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runs import free_port, rank_environment
 
 STOPPED = 75
+IDLE = """
+import sys, time
+from sparselt_dist.pretrain import main
+from sparselt_dist.objectives.mlm import MLMModule
+forward = MLMModule.forward
+MLMModule.forward = lambda self, *inputs: (time.sleep({seconds} * self.training), forward(self, *inputs))[1]
+sys.exit(main())
+"""
 
 
-def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
-    port, command = free_port(), [sys.executable, "-m", "sparselt_dist.pretrain", *arguments]
+def start(ranks: int, arguments: list[str], idle: float) -> list[subprocess.Popen[bytes]]:
+    program = ["-c", IDLE.format(seconds=idle)] if idle else ["-m", "sparselt_dist.pretrain"]
+    port, command = free_port(), [sys.executable, *program, *arguments]
     quiet = subprocess.DEVNULL
     return [
         subprocess.Popen(
@@ -39,12 +49,12 @@ def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen[bytes]]:
 
 
 def run(
-    folder: Path, arguments: list[str], ranks: int, seconds: float, stops: int, draw: random.Random
+    folder: Path, arguments: list[str], ranks: int, seconds: float, stops: int, draw: random.Random, idle: float
 ) -> tuple[int, float]:
     """Train to the end; stops made, and wall-clock seconds of the starts."""
     made, wall = 0, 0.0
     while True:
-        began, processes = time.monotonic(), start(ranks, arguments)
+        began, processes = time.monotonic(), start(ranks, arguments, idle)
         if made < stops:
             journal = folder / "metrics.jsonl"
             size = journal.stat().st_size if journal.exists() else 0
@@ -70,6 +80,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0])
     parser.add_argument("--stops", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--idle", type=float, default=0.0, help="seconds that a forward pass sleeps besides")
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     options = parser.parse_intermixed_args()
     draw, landed = random.Random(options.seed), True
@@ -85,7 +96,7 @@ def main() -> int:
                 arguments += [f"data.validation={options.shards / 'validation'}", f"run.output_dir={folder}"]
                 arguments += ["log.mlflow_uri=null", "log.every_steps=1", "train.yardsticks=false"]
                 arguments += [f"budget.max_hours={seconds / 3600!r}", *options.overrides]
-                made, wall = run(folder, arguments, options.ranks, seconds, stops, draw)
+                made, wall = run(folder, arguments, options.ranks, seconds, stops, draw, options.idle)
                 lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
                 summary = json.loads((folder / "summary.json").read_text())
                 newest = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()

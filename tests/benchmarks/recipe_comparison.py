@@ -1,14 +1,15 @@
-"""What each change of the cramming recipe makes of equal time: profile `crammed-cpu` with one switch turned, run by run.
+"""What each change of the cramming recipe makes of equal time: the profiles, and the 2026 recipe with one switch turned.
 
     python tests/benchmarks/recipe_comparison.py --work-dir /tmp/hours --arms faithful constant trainer 2026 --seeds 0 1
-    python tests/benchmarks/recipe_comparison.py --work-dir /tmp/recipes --minutes 10 --at-once 2 --threads 1
+    python tests/benchmarks/recipe_comparison.py --work-dir /tmp/recipes --minutes 5 --at-once 2 --threads 1
 
-`faithful` is the profile, `2026` profile crammed-cpu-2026, `trainer` transformers' `Trainer` on a BERT of that size
-(`trainer_run.py`). All have the same text, vocabulary and minutes of the wall clock, so on a shared machine only runs at the
-same time (`--at-once`, started in the order of the arms) compare with each other. The yardsticks (masked cross-entropy
-and accuracy of a recovered head, at one masking rate for all) are on the same held-out text, in
-rows as the arm packs them: `sparselt evaluate` with other shards measures two packings on the same rows.
-A run that is there is not made again; one that was stopped goes on.
+`faithful` is profile crammed-cpu, `2026` profile crammed-cpu-2026, `trainer` transformers' `Trainer` on a BERT of that size
+(`trainer_run.py`). The other arms turn one switch of the 2026 recipe, not of the faithful one, which does not learn more than
+the frequencies of words in minutes, so that no switch could be told from another. All have the same text, vocabulary and
+minutes of the wall clock, so on a shared machine only runs at the same time (`--at-once`, started in the order of the arms)
+compare with each other. The yardsticks (masked cross-entropy and accuracy of a recovered head, at one masking rate for all)
+are on the same held-out text, in rows as the arm packs them: `sparselt evaluate` with other shards measures two packings on
+the same rows. A run that is there is not made again; one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ FAITHFUL, LATER = "crammed-cpu", "crammed-cpu-2026"
 ARMS: dict[str, tuple[str, list[str]]] = {
     "faithful": (FAITHFUL, []),
     "constant": (FAITHFUL, ["schedule.name=constant"]),
-    "batch-16": (FAITHFUL, ["train.global_batch_size=16", "train.batch_ramp_end=null"]),
-    "batch-32": (FAITHFUL, ["train.global_batch_size=32"]),
-    "fp32": (FAITHFUL, ["train.precision=fp32"]),
-    "chunked": (FAITHFUL, ["objective.cross_entropy=chunked"]),
-    "compile": (FAITHFUL, ["train.compile=true"]),
-    "best-fit": (FAITHFUL, ["prepare.packing=best-fit"]),
-    "wsd": (FAITHFUL, ["schedule.name=wsd", "schedule.warmup=0.02", "schedule.decay=0.25"]),
-    "lr": (FAITHFUL, ["optim.peak_lr=3.0e-3"]),  # what Muon's arm shares with AdamW
-    "muon": (FAITHFUL, ["optim.name=muon", "optim.muon_momentum=0.95", "optim.peak_lr=3.0e-3"]),
-    "rms": (FAITHFUL, ["model.config.norm_type=rms"]),
-    "rope": (FAITHFUL, ["model.config.position_type=rope"]),
-    "silu": (FAITHFUL, ["model.config.gate_activation=silu"]),
-    "mask-rate": (FAITHFUL, ["objective.mlm_probability=[[0, 0.3], [1, 0.15]]"]),
-    "row-length": (FAITHFUL, ["objective.row_lengths=[[0, 64], [0.5, 128]]"]),
-    "2026": (LATER, []),
     "trainer": ("", []),
+    "2026": (LATER, []),
+    # the 2026 recipe with one of its switches turned back
+    "fp32": (LATER, ["train.precision=fp32"]),
+    "whole-head": (LATER, ["objective.cross_entropy=full"]),
+    "concatenate": (LATER, ["prepare.packing=concatenate"]),
+    "triangle": (LATER, ["schedule.name=budget-triangle2", "schedule.warmup=0"]),
+    "adamw": (LATER, ["optim.name=adamw"]),
+    "table-positions": (LATER, ["model.config.position_type=scaled-sinusoidal"]),
+    # and with one more of them turned
+    "compile": (LATER, ["train.compile=true"]),
+    "rms": (LATER, ["model.config.norm_type=rms"]),
+    "silu": (LATER, ["model.config.gate_activation=silu"]),
+    "relu2": (LATER, ["model.config.gate_activation=relu2"]),
+    "mask-rate": (LATER, ["objective.mlm_probability=[[0, 0.3], [1, 0.15]]"]),
+    "row-length": (LATER, ["objective.row_lengths=[[0, 64], [0.5, 128]]"]),
 }
 COLUMNS = (
     "steps",
@@ -62,14 +63,14 @@ class Comparison:
         self.minutes = minutes
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
-    def shards(self, keys: tuple[str, ...] = ()) -> Path:
-        return self.work_dir / "-".join(["shards", *(key.partition("=")[2] for key in keys)])
+    def shards(self, packing: str) -> Path:
+        return self.work_dir / f"shards-{packing}"
 
-    def prepare(self, keys: tuple[str, ...]) -> None:
-        folder = self.shards(keys)
+    def prepare(self, packing: str) -> None:
+        folder = self.shards(packing)
         if not (folder / "train" / "manifest.json").exists():
-            command = ["-m", "sparselt_dist.prepare", "--config", FAITHFUL, f"prepare.output_dir={folder}", *keys]
-            self._run("prepare", command)
+            keys = [f"prepare.output_dir={folder}", f"prepare.packing={packing}"]
+            self._run("prepare", ["-m", "sparselt_dist.prepare", "--config", FAITHFUL, *keys])
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
         """The summary of an arm's run, with its yardsticks."""
@@ -79,7 +80,7 @@ class Comparison:
             folder = self._train(name, arm, seed)
             summary = json.loads((folder / "summary.json").read_text())
             subject = folder if arm == "trainer" else folder / "model"
-            rows = self.shards(shards_of(arm))
+            rows = self.shards(packing_of(arm))
             data = [f"--data={rows / 'train'}", f"--validation={rows / 'validation'}"]
             task = ["--tasks", "yardsticks", "--output", str(results)]
             self._run(f"{name}.evaluate", ["-m", "sparselt_dist.evaluate", str(subject), *data, *task])
@@ -94,13 +95,12 @@ class Comparison:
         if arm == "trainer":
             script = Path(__file__).with_name("trainer_run.py")
             limits = [f"--seconds={self.minutes * 60}", f"--seed={seed}", f"--output={folder}"]
-            self._run(name, [str(script), f"--shards={self.shards()}", *limits])
+            self._run(name, [str(script), f"--shards={self.shards(packing_of(arm))}", *limits])
             return folder
-        shards = self.shards(shards_of(arm))
+        shards = self.shards(packing_of(arm))
         data = [f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}"]
         place = [f"run.output_dir={folder}", f"run.name={name}", f"run.seed={seed}", "log.mlflow_uri=null"]
         limits = [f"budget.max_hours={self.minutes / 60}", "train.evaluate_every_steps=100", "train.yardsticks=false"]
-        keys = [key for key in keys if not key.startswith("prepare.")]
         self._run(name, ["-m", "sparselt_dist.pretrain", "--config", profile, *data, *place, *limits, *keys])
         return folder
 
@@ -111,11 +111,9 @@ class Comparison:
             )
 
 
-def shards_of(arm: str) -> tuple[str, ...]:
-    """What of the preparation an arm changes: keys of `pretrain` and `prepare` alike."""
-    if arm == "2026":
-        return ("prepare.packing=best-fit",)
-    return tuple(key for key in ARMS[arm][1] if key.startswith("prepare."))
+def packing_of(arm: str) -> str:
+    """How an arm's documents become rows."""
+    return "best-fit" if ARMS[arm][0] == LATER and arm != "concatenate" else "concatenate"
 
 
 def main() -> None:
@@ -129,8 +127,8 @@ def main() -> None:
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(args.work_dir, args.minutes, args.threads)
-    for keys in {(), *map(shards_of, args.arms)}:
-        comparison.prepare(keys)
+    for packing in sorted({packing_of(arm) for arm in args.arms}):
+        comparison.prepare(packing)
     jobs = [(arm, seed) for seed in args.seeds for arm in args.arms]
     print("| arm | seed | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * (len(COLUMNS) + 1) + "|")
     with ThreadPoolExecutor(args.at_once) as pool:

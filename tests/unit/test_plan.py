@@ -76,6 +76,10 @@ def test_each_stage_divides_its_part_over_the_ranks(
     assert memory.total == pytest.approx(weights + gradients + optimizer + peak + GPU.overhead_gib)
 
 
+def test_a_rank_alone_joins_no_gradients() -> None:
+    assert estimate_memory(FACTS, layout(0, world=1), GPU).buffers == 0
+
+
 def test_the_copy_of_a_checkpoint_lies_in_host_memory() -> None:
     for stage in range(4):
         plain, copying = (estimate_memory(FACTS, layout(stage, copies_checkpoints=each), GPU) for each in (False, True))
