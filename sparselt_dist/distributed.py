@@ -6,6 +6,7 @@ A stop signal only sets a flag; the training loop asks all ranks once a step and
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -14,7 +15,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import Empty, SimpleQueue
@@ -297,10 +298,11 @@ def on_main(ranks: Ranks, function: Callable[[], T]) -> T:
 
 
 class StopFlag:
-    """Remembers that a stop was asked for; never acts by itself."""
+    """Remembers that a stop was asked for; acts by itself only where it is told to."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._interrupts = False
 
     def install(self) -> None:
         """From now on SIGTERM, SIGINT and SIGUSR1 only set the flag."""
@@ -309,6 +311,19 @@ class StopFlag:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
+        if self._interrupts:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Around what may be broken off anywhere: a stop raises KeyboardInterrupt in it, also one asked for before."""
+        self._interrupts = True
+        try:
+            if self.is_set:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._interrupts = False
 
     @property
     def is_set(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from sparselt_dist import cli
 from sparselt_dist.config import Config
@@ -77,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
             lambda: check_upload(config),
         ]
         findings += _show("places", (finding for check in places for finding in check()))
-    machine = (check_packages, check_build_tools, check_launcher, check_memory, check_slurm)
+    machine = (check_packages, partial(check_build_tools, config), check_launcher, check_memory, check_slurm)
     findings += _show("machine", (finding for check in machine for finding in check()))
     if config is not None:
         findings += _show("data", check_data(config, verify=args.verify))

@@ -42,7 +42,7 @@ def dry_run(
             short,
             ranks,
             stop_flag,
-            resume="auto",
+            resume=["auto"],
             profile=profile,
             started=started,
             launcher=launcher,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from sparselt_dist.data.corpora import Corpora
     from sparselt_dist.objectives.base import Collator
+
+READ_AT_ONCE = 32  # batches
 
 
 class HeldOut:
@@ -45,18 +48,21 @@ class HeldOut:
         """`loss` and `term/<name>`, means over the first rows, at most so many of all ranks together."""
         sums, engine = Sums(), self._engine
         engine.eval()
+        batches = evaluation_batches(
+            self._rows,
+            self._collator,
+            max_samples=max_samples,
+            micro_batch_size=self._micro_batch_size,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            row_length=self._config.data.sequence_length,
+        )
         with torch.no_grad():
-            for batch in evaluation_batches(
-                self._rows,
-                self._collator,
-                max_samples=max_samples,
-                micro_batch_size=self._micro_batch_size,
-                rank=self._ranks.rank,
-                world_size=self._ranks.world_size,
-                row_length=self._config.data.sequence_length,
-            ):
-                sums.add_output(engine(to_device(batch, engine.device)), batch)
-                self._ledger.mark()
+            # a row that one rank cannot read ends all of them, none of which is then in a pass that takes all
+            while some := distributed.agreed(self._ranks, lambda: list(islice(batches, READ_AT_ONCE))):
+                for batch in some:
+                    sums.add_output(engine(to_device(batch, engine.device)), batch)
+                    self._ledger.mark()
             means = sums.means(engine.device)
         engine.train()
         return means

@@ -165,13 +165,13 @@ class _Trial:
 
     def agreed_seconds(self, size: int) -> float:
         """The slowest rank's pass; infinite if it fits on one rank not."""
-        seconds = math.inf if self._would_not_fit(size) else self._seconds(size)
+        batch = self._batch(size)  # by all ranks, before each judges for itself
+        seconds = math.inf if self._would_not_fit(size) else self._seconds(size, batch)
         slowest = distributed.reduce_min(torch.tensor([-seconds], dtype=torch.float64, device=self._device))
         return -float(slowest)
 
-    def _seconds(self, size: int) -> float:
+    def _seconds(self, size: int, batch: Batch) -> float:
         """The best of a few passes after a first one."""
-        batch = self._batch(size)
         _forget_peak()
         try:
             self._pass(batch)

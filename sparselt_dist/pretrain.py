@@ -30,7 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
         "deepspeed --num_gpus 2 -m sparselt_dist.pretrain --config crammed-cpu run.name=first optim.peak_lr=2e-3",
     )
     cli.add_config_arguments(parser)
-    parser.add_argument("--resume", default="auto", metavar="auto|never|must|PATH", help="continue which checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="append",
+        metavar="auto|never|must|PATH",
+        help="continue which checkpoint (default: auto); later wins, auto behind a PATH: that one until the run has its own",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -110,7 +115,7 @@ def _run(args: argparse.Namespace, started: float) -> int:
     if args.dry_run:
         outcome = dry_run(config, ranks, stop_flag, **shared)
     else:
-        outcome = pretrain(config, ranks, stop_flag, resume=args.resume, **shared)
+        outcome = pretrain(config, ranks, stop_flag, resume=args.resume or ["auto"], **shared)
     return STOPPED if outcome == "stopped" else cli.EXIT_DONE
 
 

@@ -75,7 +75,10 @@ class RankLog:
 
 
 class _Tee:
-    """A text stream that hands on what is written and gives each whole line to the log."""
+    """A text stream that hands on what is written and gives each whole line to the log.
+
+    A terminal that is gone or a full disk costs what would stand there, never the run.
+    """
 
     def __init__(self, stream: TextIO, log: RankLog) -> None:
         self._stream = stream
@@ -84,16 +87,22 @@ class _Tee:
 
     def write(self, text: str) -> int:
         """Length of the text, as of any stream."""
-        written = self._stream.write(text)
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
         *lines, self._partial = (self._partial + text).split("\n")
         for line in lines:
             self._log.write(line)
-        return written
+        return len(text)
 
     def writelines(self, lines: list[str]) -> None:
         """Write each of them."""
         for line in lines:
             self.write(line)
+
+    def flush(self) -> None:
+        """Hand on what waits."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -8,8 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -21,7 +22,6 @@ from sparselt_dist.config import Config
 from sparselt_dist.data.loader import Loader
 from sparselt_dist.device import check_precision
 from sparselt_dist.engine_start import build_engine, restore_rank
-from sparselt_dist.errors import RunFailureError
 from sparselt_dist.expected_curve import ExpectedCurve
 from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
 from sparselt_dist.health import Health
@@ -42,9 +42,6 @@ from sparselt_dist.spikes import RewindRun
 from sparselt_dist.trainer import Outcome, Trainer
 from sparselt_dist.utilisation import device_watts, row_length, utilisation
 from sparselt_dist.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    pass
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
@@ -273,8 +270,7 @@ class Run:
         """
         line = {"step": self.trainer.progress.step, **self.trainer.land()}
         self.trainer.log(line, more_to_come=True)  # the journal joins lines of one step
-        if self.journal is not None:
-            self.journal.sync()
+        distributed.on_main(self.ranks, lambda: self.journal.sync() if self.journal is not None else None)
         line.update(distributed.on_main(self.ranks, self._yardsticks))
         distributed.on_main(self.ranks, lambda: self._export({**self.last_values, **line}))
         self.trainer.log(line)
@@ -336,7 +332,7 @@ def pretrain(
     ranks: distributed.Ranks,
     stop_flag: distributed.StopFlag,
     *,
-    resume: str,
+    resume: Sequence[str],
     profile: str,
     started: float,
     launcher: Launcher,
@@ -378,20 +374,24 @@ def _watched(
     ledger: TimeLedger,
     console: ConsoleProgress,
     device: torch.device,
-    resume: str,
+    resume: Sequence[str],
     profile: str,
     max_prelude_seconds: float,
 ) -> tuple[IO[str] | None, Outcome]:
     """What `pretrain` does while the watchdog looks on; returns the claim on the folder too."""
     plan = make_plan(config, ranks.world_size)
     run_dir = Path(plan.output_dir)
-    data = open_data(config, ranks)
+    try:
+        data = open_data(config, ranks, stop_flag)
+    except PreludeStopped:
+        console.message("stopped while the shards were prepared; the same command goes on with that")
+        return None, "stopped"
     start = find_start(config, data, plan, ranks, resume, console)
     opened = [corpora for corpora in (data.train, data.validation) if corpora is not None]
     preflight.check(config, run_dir, opened, ranks, device, console.message)
     config = _settled(config, data, start, ranks, device, console)
     plan = make_plan(config, ranks.world_size)
-    claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir) if ranks.is_main else None)
+    claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir, console.message) if ranks.is_main else None)
     rank_log.open_in(run_dir)
     rank_log.at_step(start.progress.step)
     ledger.restore(start.ledger_seconds)
@@ -419,18 +419,24 @@ def _watched(
     try:
         run = begun(start)
         while (spike := run.train_or_rewind()) is not None:
-            since, before = time.monotonic(), run.trainer.progress
+            since, before, saved = time.monotonic(), run.trainer.progress, run.saving.newest or start.checkpoint
+            assert saved is not None  # else no spike is undone
             run.give_up_engine()
             run = None
-            run = begun(rewound(config, data, plan, ranks, before, spike, console))
+            start = rewound(config, data, plan, ranks, before, spike, saved, console)
+            run = begun(start)
             run.trainer.progress.seconds += time.monotonic() - since
         status = run.outcome
     except PreludeStopped:
         status = "stopped"
         console.message("stopped before the first step; the same command begins anew")
-    except Exception as error:
-        raise watchdog.explained(error) from None if isinstance(error, RunFailureError) else error
-    finally:
+    except BaseException as error:
+        explained = watchdog.explained(error)
         console.close()
         _close(run, run_dir, ranks, status, follower)
+        if explained is error:
+            raise
+        raise explained from None
+    console.close()
+    distributed.agreed(ranks, lambda: _close(run, run_dir, ranks, status, follower))
     return claim, status

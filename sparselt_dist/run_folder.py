@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -38,32 +38,39 @@ _RECORDED = (
 )
 
 
-def find_start(run_dir: Path, resume: str, warn: Callable[[str], None]) -> Path | None:
+def find_start(run_dir: Path, resume: Sequence[str], warn: Callable[[str], None]) -> Path | None:
     """The checkpoint that a start continues, or None for a new run; makes the folder.
 
     Args:
-        resume: `auto` the newest intact checkpoint if there is one; `must` that or an error; `never` a new run, an
-            earlier one in the same folder being moved aside; else a path to a checkpoint or run folder.
+        resume: of which the last counts: `auto` the newest intact checkpoint if there is one; `must` that or an error;
+            `never` a new run, an earlier one in the same folder being moved aside; else a path to a checkpoint or run
+            folder. Behind a path, as in a job that is requeued, `auto` means that one if the folder has none of its own.
 
     Raises:
         CheckpointError: nothing to resume, nothing intact, or the folder cannot be written.
     """
-    if resume == "never":
+    *earlier, last = resume
+    if last == "never":
         _move_aside(run_dir, warn)
     _make_writable(run_dir)
-    if resume in ("auto", "never"):
-        return checkpoint.newest_intact(run_dir, warn)
-    if resume == "must":
-        found = checkpoint.newest_intact(run_dir, warn)
-        if found is None:
-            raise CheckpointError(
-                f"{run_dir}: found no complete checkpoint, and --resume must asks for one; use --resume auto"
-            )
-        return found
-    path = Path(resume)
+    if last not in RESUME_CHOICES:
+        return _named(last)
+    found = checkpoint.newest_intact(run_dir, warn)
+    if found is None and last == "must":
+        raise CheckpointError(
+            f"{run_dir}: found no complete checkpoint, and --resume must asks for one; use --resume auto"
+        )
+    if found is None and last == "auto" and earlier and earlier[-1] not in RESUME_CHOICES:
+        return _named(earlier[-1])
+    return found
+
+
+def _named(place: str) -> Path:
+    """The checkpoint at a path that the user gave."""
+    path = Path(place)
     if not path.exists():
         raise CheckpointError(
-            f"--resume {resume}: no such folder; expected {'|'.join(RESUME_CHOICES)} or a checkpoint's path"
+            f"--resume {place}: no such folder; expected {'|'.join(RESUME_CHOICES)} or a checkpoint's path"
         )
     return checkpoint.find_intact(path)
 
@@ -72,7 +79,7 @@ def _move_aside(run_dir: Path, warn: Callable[[str], None]) -> None:
     """Keep an earlier run that stands where a new one was asked for."""
     if not (run_dir / "metrics.jsonl").exists() and not checkpoint.complete_checkpoints(run_dir):
         return
-    lock(run_dir).close()  # nobody trains in it
+    lock(run_dir, warn).close()  # nobody trains in it
     aside = run_dir.with_name(f"{run_dir.name}.{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         run_dir.rename(aside)
@@ -127,8 +134,8 @@ def copy_tokenizer(source: Path, run_dir: Path) -> None:
     staging.rename(target)
 
 
-def lock(run_dir: Path) -> IO[str]:
-    """Claim the folder for this process as long as the returned file is open.
+def lock(run_dir: Path, warn: Callable[[str], None]) -> IO[str]:
+    """Claim the folder for this process as long as the returned file is open; on a file system without locks, only warn.
 
     Raises:
         CheckpointError: another process trains in it.
@@ -136,10 +143,12 @@ def lock(run_dir: Path) -> IO[str]:
     file = (run_dir / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise CheckpointError(
             f"run.output_dir: another process trains in {run_dir}; wait for it, stop it, or choose another folder"
         ) from None
+    except OSError as error:
+        warn(f"warning: {run_dir} cannot be claimed ({error.strerror}): see that no other run uses it")
     return file
 
 

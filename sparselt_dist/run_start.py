@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.follower import resolve_store_uri
 from sparselt_dist.journal import Journal, replace_file
 from sparselt_dist.metrics import ConsoleProgress, with_later
-from sparselt_dist.objectives.base import PreludeReport
+from sparselt_dist.objectives.base import PreludeReport, PreludeStopped
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
 from sparselt_dist.spikes import RewindRun, merged, read_left_out, write_left_out
 from sparselt_dist.timekeeping import Progress
@@ -49,13 +50,21 @@ class Start:
     prelude: PreludeReport | None = None  # of the run's first start, where its objective has one
 
 
-def open_data(config: Config, ranks: distributed.Ranks) -> Data:
-    """Open the shard folders; rank 0 first prepares them where `data.train` is null."""
+def open_data(config: Config, ranks: distributed.Ranks, stop_flag: distributed.StopFlag) -> Data:
+    """Open the shard folders; rank 0 first prepares them where `data.train` is null.
+
+    Raises:
+        PreludeStopped: a stop was asked for meanwhile; the same preparation goes on where it was.
+    """
     train: Location | None = config.data.train
     validation = config.data.validation
     if train is None:
-        train, validation = distributed.on_main(ranks, lambda: _prepared(config))
-    return distributed.agreed(ranks, lambda: _opened(config, train, validation, ranks))
+        made = distributed.on_main(ranks, lambda: _prepared(config, stop_flag))
+        if made is None:
+            raise PreludeStopped
+        train, validation = made
+    where = train
+    return distributed.agreed(ranks, lambda: _opened(config, where, validation, ranks))
 
 
 def _opened(config: Config, where: Location, validation: str | None, ranks: distributed.Ranks) -> Data:
@@ -93,15 +102,20 @@ def _check_rows(config: Config, corpora: Corpora, share: tuple[int, int]) -> Non
         unread -= sum(len(ids) for ids in block)
 
 
-def _prepared(config: Config) -> tuple[str, str | None]:
+def _prepared(config: Config, stop_flag: distributed.StopFlag) -> tuple[str, str | None] | None:
+    """The folders, or None if it was interrupted."""
     from sparselt_dist.data.preparation import prepare
 
-    report = prepare(config)
+    try:
+        with stop_flag.interrupting():
+            report = prepare(config)
+    except KeyboardInterrupt:
+        return None
     return str(report.train_dir), None if report.validation_dir is None else str(report.validation_dir)
 
 
 def find_start(
-    config: Config, data: Data, plan: RunPlan, ranks: distributed.Ranks, resume: str, console: ConsoleProgress
+    config: Config, data: Data, plan: RunPlan, ranks: distributed.Ranks, resume: Sequence[str], console: ConsoleProgress
 ) -> Start:
     """The checkpoint to continue and its progress; refuses one of other data or another objective."""
     run_dir = Path(plan.output_dir)
@@ -137,14 +151,16 @@ def rewound(
     ranks: distributed.Ranks,
     before: Progress,
     spike: RewindRun,
+    saved: Path,
     console: ConsoleProgress,
 ) -> Start:
-    """The start that a spike leads back to: the last checkpoint, without the spike's data; the clock goes on."""
+    """The start that a spike leads back to: the checkpoint saved last, without the spike's data; the clock goes on."""
     run_dir, left_out = Path(plan.output_dir), merged([*before.left_out, spike.positions])
     distributed.on_main(ranks, lambda: write_left_out(run_dir, left_out))
     begin, end = spike.positions
     console.message(f"{spike}; back to the last checkpoint, {end - begin} samples are left out")
-    start = find_start(config, data, plan, ranks, "must", console)
+    is_own = saved.parent.parent == run_dir  # then, if it is damaged, the one before it will do
+    start = find_start(config, data, plan, ranks, ["must" if is_own else str(saved)], console)
     start.progress.left_out = merged([*start.progress.left_out, *left_out])
     start.progress.seconds, start.progress.pace = before.seconds, before.pace
     distributed.on_main(ranks, lambda: _cut_back(run_dir, start.progress.step))

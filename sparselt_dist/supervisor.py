@@ -26,6 +26,7 @@ from sparselt_dist.remote_ranks import signal_command
 STOPPED_ON_REQUEST = 75
 SSH_LOST = 255  # of ssh, and so of pdsh: a host did not answer, or its connection broke
 LOST_RANK = 1
+LAST_SIGNAL = 31  # those above are the real-time ones
 POLL_SECONDS = 0.1
 # A rank that has not announced itself gets signals only at this age: before, python would die without its handlers.
 UNANNOUNCED_SECONDS = 10.0
@@ -146,7 +147,7 @@ def exit_code(reports: Reports, runner_code: int, adopted_codes: Sequence[int]) 
 
     Programs that report nothing are judged by the runner's code and those of the processes it left behind.
     """
-    runner_failure = LOST_RANK if runner_code == SSH_LOST else max(runner_code, 0)
+    runner_failure = LOST_RANK if runner_code == SSH_LOST else _shell_code(max(runner_code, 0))
     if not reports.ready_pids and not reports.exit_codes:
         orphan_failure = next((_shell_code(code) for code in adopted_codes if code != 0), 0)
         return runner_failure or orphan_failure or _shell_code(runner_code)
@@ -236,5 +237,7 @@ def _send(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
 
 
 def _shell_code(code: int) -> int:
-    """A death by signal N as shells tell it: 128 + N."""
+    """A death by signal N as shells tell it, 128 + N. DeepSpeed's launcher ends with -N, which the system makes 256 - N."""
+    if 256 - LAST_SIGNAL <= code < SSH_LOST:
+        code -= 256
     return code if code >= 0 else 128 - code

@@ -112,6 +112,12 @@ class Timekeeper:
             return None
         return plan_step(self.left(), wanted, progress.pace)
 
+    def landed_seconds(self, given_up: bool) -> float:
+        """`Progress.landed_seconds` of a run that ends now: with more steps or tokens, one that these ended goes on."""
+        progress, limit = self.progress, self.budget.max_seconds
+        spent = self.budget.spent(steps=progress.step, tokens=progress.tokens, seconds=progress.prelude_seconds)
+        return limit if limit is not None and (given_up or not spent) else 0.0
+
     def share(self, step: NextStep | None) -> float:
         """Where on the schedule a step lies: where the clock is; the last one at its end."""
         if self.progress.step == 0:

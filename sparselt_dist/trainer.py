@@ -175,7 +175,7 @@ class Trainer:
     def land(self) -> dict[str, float]:
         """The last checkpoint and held-out loss, which belong to the budget; all ranks call it after `run`."""
         limit = self.time.budget.max_seconds
-        self.progress.landed_seconds = limit or 0.0
+        self.progress.landed_seconds = self.time.landed_seconds(self.given_up)
         reserve = {} if limit is None else {"budget/reserve_seconds": self.time.reserve()}
         self.save(must=True)
         values = {**self.evaluate(), "budget/elapsed_seconds": self.progress.seconds, **reserve}

@@ -39,6 +39,8 @@ FOLDER = "hang"
 EXIT_CODE = 1
 RANKS_A_SECOND = 256  # more ranks report less often, for rank 0's sake
 VERDICT_SECONDS = 5.0  # how long a rank whose collective failed waits to hear why
+SAID = "said"  # leave taken with an error that a user can mend, on which ranks as a rule have agreed
+FOLLOW_SECONDS = 60.0  # after which one that has not ended as well was not among them
 LEAVE_SECONDS = 20.0  # how long a training thread has to end by itself after a death
 ORPHAN_SECONDS = 60.0  # how long a rank without its launcher has to save
 _COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|store|broken pipe|timed? ?out", re.IGNORECASE)
@@ -73,6 +75,8 @@ class Watchdog:
         self._peers: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, tuple[float, int, str, float]] = {}  # when, step, phase, age
         self._ended: dict[int, str] = {}  # ranks that took leave, and how
+        self._follows: dict[int, float] = {}  # ranks that ended with an error of which all know, and when
+        self._broken = threading.Event()  # a collective of this rank has failed
         self._verdict = threading.Event()
         self._done = threading.Event()
         self._orphaned: float | None = None
@@ -115,12 +119,14 @@ class Watchdog:
         if self._done.is_set():
             return error
         if isinstance(error, SparseltError | RunFailureError) or not isinstance(error, Exception):
-            self._leave_word("done")
+            self._leave_word(SAID if isinstance(error, Exception) else "done")
             return error
-        if self._ranks.world_size > 1 and _COMMUNICATION.search(str(error)) and self._verdict.wait(VERDICT_SECONDS):
-            lost = LostRankError("another rank was lost")
-            lost.silent = True  # the watching thread has said it
-            return lost
+        if self._ranks.world_size > 1 and _COMMUNICATION.search(str(error)):
+            self._broken.set()
+            if self._verdict.wait(VERDICT_SECONDS):
+                lost = LostRankError("another rank was lost")
+                lost.silent = True  # the watching thread has said it
+                return lost
         text = str(error).splitlines()[0][:300] if str(error) else ""
         self._leave_word(f"{type(error).__name__}: {text}")
         return error
@@ -208,7 +214,9 @@ class Watchdog:
         elif "bye" in message:
             self._ended[rank] = message["bye"]
             self._heard.pop(rank, None)
-            if message["bye"] != "done":
+            if message["bye"] == SAID:
+                self._follows[rank] = self._clock()
+            elif message["bye"] != "done":
                 self._lost(rank)
         else:
             self._heard[rank] = (self._clock(), message["step"], message["phase"], message["age"])
@@ -224,6 +232,9 @@ class Watchdog:
         for line in list(self._lines.values()):
             line.send(step=step, phase=phase, age=age, **({"of": of} if self._ranks.is_main else {}))
         self._look_for_launcher()
+        for rank, since in list(self._follows.items()):
+            if self._broken.is_set() or self._clock() - since > FOLLOW_SECONDS:
+                self._lost(rank)
         if self._minutes is None or self._verdict.is_set():
             return
         limit = self._minutes * 60
@@ -265,7 +276,9 @@ class Watchdog:
         seen = f", last seen at step {step}, phase {phase}" if phase else ""
         peer = self._peers.get(rank, {})
         whose = f"rank {rank}" + (f" on {peer['host']} (pid {peer['pid']})" if peer else "")
-        if (how := self._ended.get(rank)) is not None:
+        if (how := self._ended.get(rank)) == SAID:
+            text = f"{whose} ended with an error of its own, which it has said"
+        elif how is not None:
             text = f"{whose} failed: {how}; its traceback stands in its output"
         else:
             text = f"{whose} died{seen}: it was killed (out of memory?), or its machine is gone"
@@ -282,11 +295,7 @@ class Watchdog:
             self._leave_stacks()
         if speak:
             traces = f"\n  stack traces: {self._run_dir / FOLDER}" if hung else ""
-            print(
-                f"error: {text}{traces}\nAll ranks end; the same command continues from the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"error: {text}{traces}\nAll ranks end; the same command continues from the last checkpoint")
         self._verdict.set()
         threading.Thread(target=self._finish_off, args=(hung, kill), daemon=True).start()
 
@@ -306,12 +315,19 @@ class Watchdog:
 
     def _exit(self, why: str) -> None:
         if why:
-            print(f"rank {self._ranks.rank}: {why}", file=sys.stderr, flush=True)
+            _say(f"rank {self._ranks.rank}: {why}")
         closing = threading.Thread(target=self.at_worst, daemon=True)
         closing.start()
         closing.join(LEAVE_SECONDS)
-        rank_report.record_exit(EXIT_CODE)
+        with contextlib.suppress(OSError):
+            rank_report.record_exit(EXIT_CODE)
         os._exit(EXIT_CODE)
+
+
+def _say(text: str) -> None:
+    """Where nobody listens any more the process ends all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _kill_local(peers: list[dict[str, Any]]) -> None:

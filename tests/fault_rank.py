@@ -1,13 +1,18 @@
-"""A fault planted in a rank of `pretrain`: a loss or gradient that is no number, or a pass that takes long."""
+"""A fault planted in a rank of `pretrain`: a loss or gradient that is no number, a pass that takes long, an error, a stop."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
+from collections.abc import Iterator
 
 import torch
 
-# rank, first micro-step, how many, and what: nan-loss | nan-gradient | slow
+from sparselt_dist.errors import DataError
+
+# rank, first micro-step, how many, and what: nan-loss | nan-gradient | slow | error; or in place of passes, at once:
+# unreadable (held-out rows) | stop (while shards are prepared)
 FAULT = "SPARSELT_TESTS_FAULT"
 
 
@@ -23,13 +28,29 @@ class _Poisoned(torch.autograd.Function):
         return gradient * float("nan")
 
 
+def _unreadable(*_: object, **__: object) -> Iterator[object]:
+    raise DataError("a held-out row that cannot be read")
+    yield
+
+
+def _stopped(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 def plant() -> None:
     """Change the masked language model's loss where the environment says so; training passes alone are counted."""
+    from sparselt_dist import held_out
+    from sparselt_dist.data import preparation
     from sparselt_dist.objectives import mlm
 
     rank, first, count, kind = os.environ[FAULT].split(",")
     if os.environ["RANK"] != rank:
         return
+    if kind == "unreadable":
+        held_out.evaluation_batches = _unreadable  # type: ignore[assignment]
+    if kind == "stop":
+        preparation.prepare = _stopped  # type: ignore[assignment]
     of_model = mlm.MLMModule.forward
     passes: dict[str, object] = {"seen": -1, "batch": None}
 
@@ -42,6 +63,8 @@ def plant() -> None:
             passes["batch"] = batch["input_ids"]
         if not int(first) <= int(passes["seen"]) < int(first) + int(count):  # type: ignore[call-overload]
             return output
+        if kind == "error":
+            raise DataError("a row that only this rank has seen")
         if kind == "nan-loss":
             return output._replace(loss=output.loss * float("nan"))
         if kind == "nan-gradient":

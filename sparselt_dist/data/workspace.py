@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -102,6 +103,7 @@ def available_cores() -> int:
 def _start_worker() -> None:
     """Set up a worker: one thread a process, and no life without the parent, even when that is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the parent, which ends the workers
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel

@@ -71,3 +71,9 @@ def test_bad_shards_stop_all_ranks_with_one_message_or_are_counted(shards: Path,
     assert 0 < skipped[-1] < 48 and skipped == sorted(skipped)
     assert skipping.journal[-1]["progress/tokens"] == (48 - skipped[-1]) * 32
     assert "warning: skipping a shard of" in skipping.output
+
+
+def test_a_held_out_row_that_one_rank_cannot_read_ends_all_of_them(shards: Path, tmp_path: Path) -> None:
+    run = run_ranks(2, shards, tmp_path / "run", BUDGET, "train.evaluate_every_steps=2", fault="1,0,0,unreadable")
+    assert run.codes == (2, 2), run.output
+    assert run.output.count("error: a held-out row that cannot be read") == 1 and "Traceback" not in run.output

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import free_port, pretrain_arguments, rank_environment
+from runs import free_port, pretrain_arguments, rank_environment, run_ranks
 from warm_rank import start_rank
 
 pytestmark = pytest.mark.distributed
@@ -69,6 +69,14 @@ def test_a_killed_rank_is_noticed_at_once_and_named_once(shards: Path, tmp_path:
     said = outputs(folder)
     assert said.count(f"error: rank {victim} ") == 1 and "died, last seen at step" in said, said
     assert "Traceback" not in said and said.count("error:") == 1, said
+
+
+def test_the_error_of_one_rank_alone_ends_the_others_with_a_message(shards: Path, tmp_path: Path) -> None:
+    run = run_ranks(2, shards, tmp_path / "run", "budget.max_steps=6", fault="1,2,1,error")
+    assert run.codes == (1, 2), run.output
+    assert run.output.count("error: a row that only this rank has seen") == 1, run.output
+    assert run.output.count("ended with an error of its own, which it has said") == 1, run.output
+    assert "Traceback" not in run.output, run.output
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -49,6 +49,22 @@ def test_resume_is_bitwise(shards: Path, tmp_path: Path, zero_stage: int) -> Non
     assert_same(resumed, straight)
 
 
+def test_what_the_steps_of_a_budget_ended_goes_on_with_more_of_them(shards: Path, tmp_path: Path) -> None:
+    folder, hour = tmp_path / "run", "budget.max_hours=1"
+    assert run_ranks(1, shards, folder, "budget.max_steps=2", hour).summary["steps"] == 2
+    more = run_ranks(1, shards, folder, "budget.max_steps=4", hour)
+    assert (more.code, more.summary["steps"]) == (0, 4), more.output
+
+
+def test_a_requeued_job_begins_again_where_it_was_told_to(shards: Path, tmp_path: Path) -> None:
+    first = run_ranks(1, shards, tmp_path / "first", "budget.max_steps=2")
+    requeued = ("--resume", str(first.folder), "--resume", "auto")  # as slurm/pretrain.sh adds it
+    other = run_ranks(1, shards, tmp_path / "other", "budget.max_steps=3", flags=requeued)
+    assert other.code == 0 and f"continuing from {first.folder}" in other.output and "at step 2" in other.output
+    again = run_ranks(1, shards, tmp_path / "other", "budget.max_steps=4", flags=requeued)
+    assert again.code == 0 and f"continuing from {other.folder}" in again.output and "at step 3" in again.output
+
+
 @pytest.mark.parametrize("precision", [slow("fp32"), "bf16"])
 def test_resume_is_bitwise_with_muon(shards: Path, tmp_path: Path, precision: str) -> None:
     options = (*RUN, "optim.name=muon", f"train.precision={precision}")

@@ -62,3 +62,10 @@ def test_a_rewind_is_repeated_by_a_resume(shards: Path, tmp_path: Path, ranks: i
         ours, theirs = resumed.tensors(), straight.tensors()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # told to continue there in another folder, and with nothing saved in it yet, a spike leads back there again
+    there = straight.folder / "checkpoints" / checkpoint.folder_name(32)
+    rarely = ("checkpoint.every_steps=1000", "budget.max_steps=64")
+    other = run_ranks(ranks, shards, tmp_path / "other", *options, *rarely, flags=("--resume", str(there)))
+    assert other.code == 0 and "back to the last checkpoint" in other.output, other.output
+    ours, theirs = other.tensors(), straight.tensors()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

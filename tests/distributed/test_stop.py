@@ -89,3 +89,9 @@ def test_the_command_stops_and_meanwhile_no_second_process_trains_in_its_folder(
     assert second.code == 2 and "another process trains in" in second.output
     steps = [line["step"] for line in second.journal]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_stop_breaks_off_the_preparation_of_shards(shards: Path, tmp_path: Path) -> None:
+    run = run_ranks(2, shards, tmp_path / "run", "data.train=null", "data.validation=null", fault="0,0,0,stop")
+    assert run.codes == (75, 75), run.output
+    assert "stopped while the shards were prepared" in run.output

@@ -85,9 +85,9 @@ def test_no_program_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         ("01", {"0": 75, "1": 75}, 0, [-10, 75], 75),  # the node launcher died of USR1: the runner says 0
         ("01", {"1": 1, "0": 2}, 75, [], 1),  # the first failure counts
         ("01", {"0": 75}, 75, [], 1),  # a rank was killed
-        ("01", {"0": 75}, 247, [], 247),
+        ("01", {"0": 75}, 247, [], 137),  # by SIGKILL, as DeepSpeed's launcher tells it
         ("", {"0": 2}, 1, [], 2),  # a configuration error before the announcement
-        ("0", {"0": 0}, 245, [], 245),  # died after its report
+        ("0", {"0": 0}, 245, [], 139),  # died after its report
         ("", {}, 7, [], 7),  # a program that reports nothing
         ("", {}, -15, [], 143),
         ("", {}, -15, [0, 3], 3),

@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+from sparselt_dist import micro_batch_search
 from sparselt_dist.config_loading import load_config, make_plan
 from sparselt_dist.errors import ConfigError
 from sparselt_dist.micro_batch_search import divisors, fastest, report, search
@@ -33,6 +35,15 @@ def test_what_does_not_fit_ends_it() -> None:
     assert "16 does not fit" in report(tried, fastest(tried))
     with pytest.raises(ConfigError, match="not even 1 sequence fits"):
         fastest(search(divisors(8), lambda size: math.inf))
+
+
+def test_all_ranks_read_a_candidate_before_one_judges_that_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, read = object.__new__(micro_batch_search._Trial), []
+    trial._device = torch.device("cpu")
+    monkeypatch.setattr(trial, "_batch", read.append)  # in which all ranks meet
+    monkeypatch.setattr(trial, "_would_not_fit", lambda size: True)
+    monkeypatch.setattr(micro_batch_search.distributed, "reduce_min", lambda values: values)
+    assert trial.agreed_seconds(4) == math.inf and read == [4]
 
 
 def test_zero_3_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import re
 import sys
 from collections.abc import Iterator
@@ -80,3 +82,19 @@ def test_a_second_start_appends(tmp_path: Path) -> None:
         "rank 0 step 0: begins",
         "rank 0 step 5: begins",
     ]
+
+
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    rank_log.start(0)
+    rank_log.open_in(tmp_path)
+    print("a warning", file=sys.stderr, flush=True)
+    rank_log.stop()
+    assert lines(tmp_path, 0)[-1] == "rank 0 step 0: a warning"
