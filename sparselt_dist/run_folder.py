@@ -144,6 +144,7 @@ def lock(run_dir: Path, warn: Callable[[str], None]) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        file.close()
         raise CheckpointError(
             f"run.output_dir: another process trains in {run_dir}; wait for it, stop it, or choose another folder"
         ) from None
