@@ -107,6 +107,12 @@ options=(--export=ALL --kill-on-bad-exit=0 --wait=300 --label)
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     ranks=$((SLURM_JOB_NUM_NODES * gpus))
+    asked=${SLURM_GPUS:-$ranks}
+    asked=${asked##*:}
+    [[ $asked =~ ^[0-9]+$ && $asked != "$ranks" && $SLURM_GPUS != *,* ]] &&
+        fail "--gpus: found $asked, not as many on each of $SLURM_JOB_NUM_NODES nodes ($gpus on the first); use --gpus-per-node"
+    # These are of the job's tasks; here a task is a GPU.
+    unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU
     options+=(--ntasks="$ranks" --ntasks-per-node="$gpus")
     if ((${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES} < ranks)); then
         options+=(--overcommit) # fewer tasks, hence perhaps fewer cores, were asked for than GPUs

@@ -204,6 +204,11 @@ def _check_optimisation(config: Config, merged: Merged, faults: Faults) -> None:
         faults.add(
             merged.source(path), path, str(schedule.warmup), expected, "set schedule.warmup=0, or another schedule"
         )
+    elif schedule.min_lr_ratio > 0 and (schedule.name.startswith("budget-") or schedule.name == "constant"):
+        path = "schedule.min_lr_ratio"
+        expected = f"0: {schedule.name} is a fixed shape"
+        fix = "set schedule.min_lr_ratio=0, or another schedule"
+        faults.add(merged.source(path), path, str(schedule.min_lr_ratio), expected, fix)
     elif schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
         path = "schedule.decay"
         expected = f"at most {1 - schedule.warmup:g}, what schedule.warmup ({schedule.warmup}) leaves"

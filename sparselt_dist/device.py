@@ -94,7 +94,9 @@ def find_device(name: str) -> Device:
 
 def watts_of(device_name: str) -> float | None:
     """Power under load of the shipped description that a device's own name fits (`NVIDIA A100-SXM4-80GB`); None: unknown."""
-    if "PCIe" in device_name or "MIG" in device_name:  # which draw less than the modules that are described
+    if any(
+        kind in device_name.upper() for kind in ("PCIE", "NVL", "MIG")
+    ):  # which draw less than the modules that are described
         return None
     plain = _plain(device_name).replace(" ", "")
     for known in shipped_devices():

@@ -93,12 +93,15 @@ def first_host(nodes: str) -> str:
     return "".join(part or "" for part in first.groups()) if first else nodes
 
 
-def _rendezvous_defaults() -> None:
+def _rendezvous_defaults(ranks: Ranks) -> None:
     """Address and port where a launcher gave none (alone, or plain srun on one node)."""
+    in_slurm = "SLURM_JOB_ID" in os.environ and ranks.world_size > 1  # alone in a job, as others may be in the same one
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    os.environ.setdefault("MASTER_ADDR", first_host(nodes) if "SLURM_PROCID" in os.environ else "127.0.0.1")
+    os.environ.setdefault(
+        "MASTER_ADDR", first_host(nodes) if in_slurm and "SLURM_PROCID" in os.environ else "127.0.0.1"
+    )
     if "MASTER_PORT" not in os.environ:
-        if "SLURM_JOB_ID" in os.environ:
+        if in_slurm:
             step = int(os.environ.get("SLURM_STEP_ID", "0"))
             port = 20000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + step) % 30000
         else:
@@ -196,7 +199,7 @@ def initialise(ranks: Ranks) -> torch.device:
     """
     allow_open_files(ranks.world_size)
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world_size), LOCAL_RANK=str(ranks.local_rank))
-    _rendezvous_defaults()
+    _rendezvous_defaults(ranks)
     _choose_interface()
     # DeepSpeed calls collectives by names that torch has renamed; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
@@ -210,6 +213,7 @@ def initialise(ranks: Ranks) -> torch.device:
     device_number = 0 if on_cpu else ranks.local_rank % accelerator.device_count()
     if not on_cpu:
         accelerator.set_device(device_number)
+        os.environ["LOCAL_RANK"] = str(device_number)  # as which DeepSpeed takes it
     # Of DeepSpeed's compiled CPU collectives only inference makes use; building them takes minutes at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()

@@ -163,15 +163,18 @@ class MlflowSink:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def connect(self) -> str:
-        """Find the folder's MLflow run or make it; send parameters, tags and configuration files it lacks."""
+        """Find the folder's MLflow run or make it; send the parameters and tags that it lacks."""
         run = self._find() or self._create()
         self.run_id, self._status = run.info.run_id, run.info.status
         self._tags = dict(run.data.tags)
         self._stored_keys, self._seen = set(run.data.metrics), {}
         self._describe(run)
+        return self.run_id
+
+    def show_configuration(self) -> None:
+        """Send the configuration's files; a store whose artifacts cannot be written from here has the figures all the same."""
         for name in _SMALL_ARTIFACTS:
             self._log_file(name)
-        return self.run_id
 
     def set_running(self) -> None:
         """The run is being trained (again)."""
@@ -181,11 +184,12 @@ class MlflowSink:
 
     def finish(self, status: FinalStatus, end_time: float | None = None) -> None:
         """Summary, final status, then a profile and the exported model, which may take long."""
-        self._log_file(SUMMARY_NAME)
         if self._status != status:
             seconds = time.time() if end_time is None else end_time
             self._client.set_terminated(self._run, status=status, end_time=int(seconds * 1000))
             self._status = status
+        self.show_configuration()
+        self._log_file(SUMMARY_NAME)
         self._log_profile()
         self._log_model()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sparselt_dist.cli import make_parser, run_command
+from sparselt_dist.cli import EXIT_DONE, EXIT_USER_ERROR, make_parser, run_command
 from sparselt_dist.errors import ConfigError, DataError, SparseltError
 from sparselt_dist.follower import (
     STATE_NAME,
@@ -112,6 +112,7 @@ class Follower:
         self._sink: MlflowSink | None = None
         self._tail = JournalTail(run_dir)
         self._rereading = False
+        self._configuration_was_tried = False
         self._pending: list[dict[str, Any]] = []
         self._down_since: float | None = None
         self._failures = 0
@@ -185,6 +186,10 @@ class Follower:
                 self._pending = self._pending or more
                 sink.deliver(self._pending)
                 self._pending = []
+            if not self._configuration_was_tried:
+                self._configuration_was_tried = True
+                with contextlib.suppress(Exception):  # artifacts may lie where this host cannot write: the end says so
+                    sink.show_configuration()
             if status is not None:
                 sink.finish(status, end_time)
         except Exception as error:  # stores fail in many ways; none may end the feeding
@@ -329,9 +334,14 @@ def _run(arguments: argparse.Namespace) -> int:
         return follow(arguments.follow, resolve_store_uri(uri), arguments.parent)
     if not arguments.run_dirs:
         raise ConfigError("found no RUN_DIR, expected one or more folders of runs, such as runs/*")
-    for run_dir in arguments.run_dirs:
-        print(sync(run_dir, arguments.uri, arguments.experiment), flush=True)
-    return 0
+    code = EXIT_DONE
+    for run_dir in arguments.run_dirs:  # one that is no run keeps none of the others
+        try:
+            print(sync(run_dir, arguments.uri, arguments.experiment), flush=True)
+        except SparseltError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = EXIT_USER_ERROR
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:

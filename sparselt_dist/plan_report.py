@@ -155,7 +155,12 @@ def refusal(prediction: Prediction) -> str:
 
 def _advice(prediction: Prediction) -> str:
     own = prediction.layouts[0][0]
-    fitting = [layout for layout, memory, *_ in prediction.layouts[1:] if memory.total <= prediction.usable_gib]
+    last = 0 if prediction.config.optim.name == "muon" else 3  # stage, which Muon's whole matrices limit
+    fitting = [
+        layout
+        for layout, memory, *_ in prediction.layouts[1:]
+        if memory.total <= prediction.usable_gib and layout.stage <= last
+    ]
     higher = [layout for layout in fitting if layout.stage > own.stage or (layout.stage == 3 and own.stage == 3)]
     smaller = f"train.micro_batch_size={max(own.micro_batch_size // 2, 1)}"
     found = next(iter([*higher, *fitting]), None)

@@ -91,6 +91,7 @@ class Run:
         self.last_values: dict[str, Any] = {}
         traced = config.train.profile if ranks.is_main else 0
         self.profile = StepProfile(self.dir / PROFILE_FOLDER, traced) if traced else None
+        attended = distributed.agreed(ranks, lambda: row_length(data.train, config.data.sequence_length))
         points = config.log.expected_loss
         self.expected = ExpectedCurve(points) if points is not None and ranks.is_main else None
         for line in Journal.read(self.dir) if ranks.is_main else []:
@@ -145,7 +146,7 @@ class Run:
             on_message=console.message,
             on_step=self.after_step,
             on_non_finite=lambda progress: NonFinite(config, engine, ranks, progress, self.dir, console.message),
-            utilisation=utilisation(config, engine, row_length(data.train), ranks.world_size),
+            utilisation=utilisation(config, engine, attended, ranks.world_size),
         )
 
     def train_or_rewind(self) -> RewindRun | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sparselt_dist import checkpoint
-from sparselt_dist.errors import CheckpointError
+from sparselt_dist.errors import CheckpointError, DataError
 from sparselt_dist.metrics import replace_file
 
 RESUME_CHOICES = ("auto", "never", "must")
@@ -126,10 +126,15 @@ def copy_tokenizer(source: Path, run_dir: Path) -> None:
         return [name for name in names if not Path(folder, name).resolve().is_relative_to(inside)]
 
     target, staging = run_dir / "tokenizer", run_dir / "tokenizer.partial"
-    if target.exists() and filecmp.cmp(source / "tokenizer.json", target / "tokenizer.json", shallow=False):
+    kept = target / "tokenizer.json"
+    if kept.exists() and filecmp.cmp(source / "tokenizer.json", kept, shallow=False):
         return
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging, ignore=foreign)
+    if not (staging / "tokenizer.json").is_file():
+        raise DataError(
+            f"{source}: tokenizer.json is a link that leads out of the folder, expected a file; copy the folder with `cp -rL`"
+        )
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
 

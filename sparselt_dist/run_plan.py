@@ -111,4 +111,5 @@ def resolve_deepspeed(config: Config, plan: RunPlan) -> dict[str, Any]:
     }
     values.setdefault("wall_clock_breakdown", False)
     values.setdefault("steps_per_print", NO_STEPS_PER_PRINT)
+    values.setdefault("timers", {"throughput": {"enabled": False}})  # it waits for the device at each micro-batch
     return values

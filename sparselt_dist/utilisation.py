@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparselt_dist.config import Config
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     from sparselt_dist.data.corpora import Corpora
+
+LOOKED_AT = 256  # samples
 
 
 def utilisation(
@@ -50,6 +53,15 @@ def device_watts(device: torch.device) -> float | None:
     return None if device.type == "cpu" else watts_of(torch.cuda.get_device_name(device))
 
 
-def row_length(corpora: Corpora) -> float:
-    """Tokens a row: what attention spans."""
-    return float(corpora.manifest.sequence_length or corpora.mean_length)
+def row_length(corpora: Corpora, longest: int | None) -> float:
+    """Tokens that attention spans, seen from a token: sum of squares over sum of the lengths of what is kept apart.
+
+    Rows of running text are all of one length; documents, whole or in packed rows, are looked at in the first samples and
+    are cut at `longest`.
+    """
+    if corpora.manifest.kind == "rows" and corpora.manifest.sequence_length is not None:
+        return float(corpora.manifest.sequence_length)
+    some = corpora.read(np.arange(min(corpora.num_samples, LOOKED_AT)))
+    documents = [one.documents if one.documents is not None else [len(one.ids)] for one in some if one is not None]
+    lengths = np.minimum(np.concatenate(documents), longest or np.inf) if documents else np.ones(1)
+    return float((lengths**2).sum() / max(lengths.sum(), 1))

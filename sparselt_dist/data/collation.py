@@ -49,7 +49,7 @@ def collate(
     except Exception as cause:  # an objective's collator may fail in any way
         raise DataError(_blame(corpora, collator, examples, cause)) from cause
     if any("documents" in example for example in examples):
-        _add_documents(batch, examples)
+        add_documents(batch, examples)
     return Collated(batch, delivered)
 
 
@@ -66,7 +66,7 @@ def _examples(key: str, stored: Stored, seed: int, row_length: int | None) -> li
     return rows
 
 
-def _add_documents(batch: Batch, examples: list[Example]) -> None:
+def add_documents(batch: Batch, examples: list[Example]) -> None:
     """Add `segment_ids` (from 1; 0: padding) and `position_ids`, which begin anew in each document; int64 [B, L]."""
     rows, width = batch["input_ids"].shape
     lengths = [example.get("documents", np.array([len(example["ids"])])) for example in examples]

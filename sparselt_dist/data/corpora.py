@@ -189,9 +189,15 @@ def open_corpora(where: Location, config: Config, share: tuple[int, int] = (0, 1
     """
     sections = [CorpusSection(shards=where)] if isinstance(where, str) else where
     access, rules = access_of(config, share), text_rules(config)
-    corpora = Corpora(
-        [Corpus(shown(part.shards), _folders(part.shards, access, rules), part.weight) for part in sections]
-    )
+    try:
+        corpora = Corpora(
+            [Corpus(shown(part.shards), _folders(part.shards, access, rules), part.weight) for part in sections]
+        )
+    except OSError as cause:
+        raise DataError(
+            f"{cause.filename or 'shards'}: {cause.strerror or cause}; correct the path, or set data.cache_dir to a folder that "
+            "can be written"
+        ) from cause
     _check_cache(corpora, config)
     return corpora
 

@@ -21,6 +21,7 @@ from sparselt_dist.data.best_fit import cut_lengths, pack_best_fit
 from sparselt_dist.data.manifest import Kind
 from sparselt_dist.data.order import permute
 from sparselt_dist.data.workspace import committed
+from sparselt_dist.errors import DataError
 
 WINDOW_PIECES = 65_536  # packed together; more fill no better (99.9 % at 5,000), fewer are slower to pack
 SAMPLES_AT_ONCE_IDS = 2**21  # ids in memory while samples are gathered
@@ -161,7 +162,10 @@ class Samples:
                     inside = min(length, int(self.first_ids[file + 1]) - start)
                     offset = (start - int(self.first_ids[file])) * itemsize
                     view = target[place * itemsize : (place + inside) * itemsize]
-                    os.preadv(descriptors.of(file), [view], offset)
+                    if os.preadv(descriptors.of(file), [view], offset) != len(view):
+                        raise DataError(
+                            f"{self.files[file]}: shorter than it was written; remove it with all of its folder and prepare again"
+                        )
                     file, start, length, place = file + 1, start + inside, length - inside, place + inside
         return ids
 

@@ -45,7 +45,7 @@ def find_tokenizer(
         return beside
     if choice.name not in TRAINED_KINDS:
         file = Path(choice.name).expanduser() / TOKENIZER_FILE
-        if _is_plain(file):
+        if _is_plain(file) and not file.is_symlink():  # links, as in a hub's cache, are not followed from elsewhere
             return file.parent
         identity = f"{file.resolve()} {file_sha256(file) if file.is_file() else ''}"
         return _made_once(access, identity, lambda folder: copy_tokenizer(choice.name, folder))

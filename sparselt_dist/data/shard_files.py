@@ -116,9 +116,9 @@ class ShardFiles(Generic[Opened]):
         self._opened[shard] = opened
         self._held_bytes += opened.held_bytes
         if len(self._opened) > OPEN_SHARDS:
-            closed = self._opened.pop(next(iter(self._opened)))
-            self._held_bytes -= closed.held_bytes
-            closed.close()
+            # closed when nobody holds it: the read that asks for this one may have asked for that one before
+            let_go = self._opened.pop(next(iter(self._opened)))
+            self._held_bytes -= let_go.held_bytes
         return opened
 
     def prefetch(self, shards: Iterable[int]) -> None:

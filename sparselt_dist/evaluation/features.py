@@ -6,6 +6,7 @@ pure function of the shards, so every run on the same shards is measured on the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparselt_dist.data.batch import Example
+from sparselt_dist.data.batch import Batch, Example
+from sparselt_dist.data.collation import add_documents
 from sparselt_dist.data.corpora import Corpora
 from sparselt_dist.data.randomness import mix64, purpose_key
+from sparselt_dist.errors import ConfigError
 
 MAX_LENGTH = 512
 """Longer rows and documents are cropped to this many positions, so that one long document is not the whole sample."""
 
 _POSITIONS_PER_FORWARD = 4096
+_LOG = logging.getLogger(__name__)
 
 
 class Corrupted(NamedTuple):
@@ -31,17 +35,22 @@ class Corrupted(NamedTuple):
     attention_BL: Tensor  # int64
     places_N: Tensor  # int64, in the flattened [B * L]
     answers_N: Tensor  # int64
+    documents: dict[str, Tensor]  # of packed rows: segment_ids and position_ids, int64 [B, L]
 
 
 def read_examples(corpora: Corpora, purpose: str, *, max_tokens: int, max_length: int) -> list[Example]:
     """About `max_tokens` ids: samples at even distances, cropped, with seeds that only `purpose` changes."""
     samples = _spread(corpora, max_tokens / min(corpora.mean_length, max_length))
     seeds = mix64(samples.astype(np.uint64) ^ np.uint64(purpose_key(f"yardstick {purpose}")))
-    return [
-        {"key": key, "ids": stored.ids[:max_length], "seed": seed}
-        for key, stored, seed in zip(corpora.keys(samples), corpora.read(samples), seeds.tolist(), strict=True)
-        if stored is not None
-    ]
+    examples: list[Example] = []
+    for key, stored, seed in zip(corpora.keys(samples), corpora.read(samples), seeds.tolist(), strict=True):
+        if stored is not None:
+            example: Example = {"key": key, "ids": stored.ids[:max_length], "seed": seed}
+            if stored.documents is not None:
+                within = np.diff(np.minimum(stored.documents.cumsum(), max_length), prepend=0)
+                example["documents"] = within[within > 0]
+            examples.append(example)
+    return examples
 
 
 def _spread(corpora: Corpora, wanted: float) -> np.ndarray:
@@ -60,6 +69,15 @@ def count_unigrams(corpora: Corpora, vocab_size: int, special_ids: Iterable[int]
     return counts_V
 
 
+def documents_of(input_ids_BL: Tensor, examples: list[Example]) -> dict[str, Tensor]:
+    """What keeps the documents of packed rows apart, as in training; nothing of other rows."""
+    if not any("documents" in example for example in examples):
+        return {}
+    rows: Batch = {"input_ids": input_ids_BL}
+    add_documents(rows, examples)
+    return {name: rows[name] for name in ("segment_ids", "position_ids")}
+
+
 def chunks(examples: list[Example]) -> Iterator[list[Example]]:
     """The examples in the groups of one forward pass."""
     longest = max(len(example["ids"]) for example in examples)
@@ -75,10 +93,23 @@ def hidden_at(backbone: nn.Module, corrupted: Iterable[Corrupted], device: torch
     answers: list[Tensor] = []
     with evaluation_mode(backbone):
         for rows in corrupted:
-            hidden_BLD = backbone(rows.input_ids_BL.to(device), attention_mask=rows.attention_BL.to(device))
+            hidden_BLD = _states(backbone, rows, device)
             hidden.append(hidden_BLD.flatten(0, 1).index_select(0, rows.places_N.to(device)).float())
             answers.append(rows.answers_N.to(device))
     return torch.cat(hidden), torch.cat(answers)
+
+
+def _states(backbone: nn.Module, rows: Corrupted, device: torch.device) -> Tensor:
+    ids_BL, mask_BL = rows.input_ids_BL.to(device), rows.attention_BL.to(device)
+    apart = {name: ids_BL.to(device) for name, ids_BL in rows.documents.items()}
+    try:
+        hidden_BLD: Tensor = backbone(ids_BL, attention_mask=mask_BL, **apart)
+    except ConfigError as cause:  # a model from elsewhere, whose attention cannot be cut
+        if not apart:
+            raise
+        _LOG.warning("yardsticks: the documents of a packed row are read as one text (%s)", cause)
+        hidden_BLD = backbone(ids_BL, attention_mask=mask_BL)
+    return hidden_BLD
 
 
 @contextmanager

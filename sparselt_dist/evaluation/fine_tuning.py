@@ -11,6 +11,7 @@ B rows, L positions, C outputs, N examples.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -178,7 +179,8 @@ def _loss(model: PreTrainedModel, batch: list[Example], pad_id: int) -> Tensor:
 def _logits(model: PreTrainedModel, batch: list[Example], pad_id: int) -> Tensor:
     """float32 [B, C]; on an accelerator the pass is in bf16."""
     device = next(model.parameters()).device
-    inputs = {name: value_BL.to(device) for name, value_BL in _inputs(batch, pad_id).items()}
+    longest = longest_input(model.config) or sys.maxsize
+    inputs = {name: value_BL.to(device) for name, value_BL in _inputs(batch, pad_id, longest).items()}
     if getattr(model.config, "type_vocab_size", 0) < 2:
         del inputs["token_type_ids"]
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "cpu"):
@@ -186,10 +188,10 @@ def _logits(model: PreTrainedModel, batch: list[Example], pad_id: int) -> Tensor
     return logits_BC.float()
 
 
-def _inputs(batch: list[Example], pad_id: int) -> dict[str, Tensor]:
-    """Int64 [B, L], L the longest row's length up to the next multiple of 8."""
+def _inputs(batch: list[Example], pad_id: int, longest: int) -> dict[str, Tensor]:
+    """Int64 [B, L], L the longest row's length up to the next multiple of 8, as far as the model goes."""
     lengths_B = np.array([len(example.ids) for example in batch])
-    length = -(-int(lengths_B.max()) // _LENGTH_STEP) * _LENGTH_STEP
+    length = min(-(-int(lengths_B.max()) // _LENGTH_STEP) * _LENGTH_STEP, longest)
     ids_BL = np.full((len(batch), length), pad_id, dtype=np.int64)
     types_BL = np.zeros_like(ids_BL)
     for row, example in enumerate(batch):

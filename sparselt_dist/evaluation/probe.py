@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparselt_dist.data.batch import Example, pad_examples
 from sparselt_dist.data.randomness import random_uniform
-from sparselt_dist.evaluation.features import Corrupted, chunks
+from sparselt_dist.evaluation.features import Corrupted, chunks, documents_of
 
 REPLACED_SHARE = 0.15
 _PENALTY = 1e-3  # of the squared weights, on standardised features
@@ -43,11 +43,13 @@ def replaced_rows(
         looked_at_BL = rank_BL < 2 * count_B1
         drawn_BL = _other_ids(ids_BL, random_uniform(seeds_B, ids_BL.shape[1], "probe ids"), unigram_V)
         places_N = np.flatnonzero(looked_at_BL)
+        corrupted_BL = torch.from_numpy(np.where(replaced_BL, drawn_BL, ids_BL))
         yield Corrupted(
-            input_ids_BL=torch.from_numpy(np.where(replaced_BL, drawn_BL, ids_BL)),
+            input_ids_BL=corrupted_BL,
             attention_BL=torch.from_numpy(attention_BL),
             places_N=torch.from_numpy(places_N),
             answers_N=torch.from_numpy(replaced_BL.reshape(-1)[places_N].astype(np.int64)),
+            documents=documents_of(corrupted_BL, chunk),
         )
 
 

@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from sparselt_dist.data.batch import IGNORE_INDEX, Example
-from sparselt_dist.evaluation.features import MAX_LENGTH, Corrupted, chunks, count_unigrams, hidden_at, read_examples
+from sparselt_dist.evaluation.features import (
+    MAX_LENGTH,
+    Corrupted,
+    chunks,
+    count_unigrams,
+    documents_of,
+    hidden_at,
+    read_examples,
+)
 from sparselt_dist.evaluation.head_recovery import recover_head
 from sparselt_dist.evaluation.probe import probe_accuracy, replaced_rows
 from sparselt_dist.models.exporting import longest_input
@@ -135,7 +143,8 @@ def masked_rows(examples: list[Example], collator: Collator) -> Iterator[Corrupt
         batch = collator(chunk)
         labels = batch["labels"].flatten()
         places_N = torch.nonzero(labels != IGNORE_INDEX).squeeze(1)
-        yield Corrupted(batch["input_ids"], batch["attention_mask"], places_N, labels[places_N])
+        documents = documents_of(batch["input_ids"], chunk)
+        yield Corrupted(batch["input_ids"], batch["attention_mask"], places_N, labels[places_N], documents)
 
 
 def _embedding_table(backbone: Backbone, vocab_size: int) -> Tensor:

@@ -289,7 +289,7 @@ def _load(
             "checkpoint and leave model.config fields that change shapes alone"
         ) from cause
     _check_report(*loaded, source)
-    return loaded[0]
+    return loaded[0].train()  # as a new one is; transformers leaves it in evaluation mode, where dropout is off
 
 
 def _check_same_architecture(section: ModelSection, source: str, found: str) -> None:

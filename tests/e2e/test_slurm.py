@@ -103,6 +103,17 @@ def test_one_process_starts_for_each_gpu(tmp_path: Path, tasks: str | None, over
     assert job.environment("SRUN_CPUS_PER_TASK") == "4"
 
 
+def test_options_of_the_jobs_tasks_are_kept_from_one_task_a_gpu(tmp_path: Path) -> None:
+    job = run_job(tmp_path, SLURM_GPUS_ON_NODE="8", SLURM_GPUS="16", SLURM_GPUS_PER_TASK="8", SLURM_NTASKS="2")
+    assert job.end() == 0 and "--ntasks=16" in job.lines("srun.arguments")
+    assert job.environment("SLURM_GPUS_PER_TASK") is None
+
+
+def test_gpus_that_lie_unevenly_are_refused(tmp_path: Path) -> None:
+    job = run_job(tmp_path, SLURM_GPUS_ON_NODE="8", SLURM_GPUS="a100:12")
+    assert job.end() != 0 and not job.lines("srun.arguments")
+
+
 def test_a_port_in_use_is_passed_over(tmp_path: Path) -> None:
     with socket.socket() as server:
         job_id = next(number for number in range(5000, 9000) if can_bind(server, 20000 + number))

@@ -319,6 +319,12 @@ def test_model_config_changes_a_loaded_checkpoints_dropout(tmp_path):
     assert loaded.model.bert.embeddings.dropout.p == 0.0
 
 
+def test_a_loaded_checkpoint_drops_out_as_a_new_model_does(tmp_path):
+    backbone("bert").model.save_pretrained(tmp_path)
+    loaded = build_backbone(ModelSection(init_from=str(tmp_path)), TOKENIZER, sequence_length=16, with_head=True)
+    assert all(module.training for module in loaded.modules())
+
+
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     good, bare, classifier = tmp_path / "good", tmp_path / "bare", tmp_path / "classifier"
     backbone("bert").model.save_pretrained(good)

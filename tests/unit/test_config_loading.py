@@ -197,6 +197,7 @@ def test_a_budget_is_a_finite_number(hours: str) -> None:
         (["data.validation=./shards/"], "data.validation"),
         (["schedule.name=cosin"], "did you mean cosine?"),
         (["schedule.name=budget-triangle2", "schedule.warmup=0.1"], "budget-triangle2 is a fixed shape"),
+        (["schedule.name=budget-triangle2", "schedule.min_lr_ratio=0.1"], "schedule.min_lr_ratio=0"),
         (["schedule.name=wsd", "schedule.warmup=0.9", "schedule.decay=0.5"], "expected at most 0.1"),
         (["optim.betas=[0.9, 1.0]"], "two numbers >= 0 and < 1"),
         (["train.micro_batch_size=7"], "nearest that fit: 63 or 70"),

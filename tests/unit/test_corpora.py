@@ -314,6 +314,13 @@ def test_a_window_larger_than_memory_and_open_files_is_hashed_once(
     for _ in range(3):
         assert [number_of(corpora.ids(np.array([number]))[0]) for number in range(40)] == list(range(40))
     assert len(hashed) == 4
+    at_once = corpora.ids(np.arange(40))  # more shards than may be open, all of which this read holds
+    assert list(map(number_of, at_once)) == list(range(40))
+
+
+def test_a_tar_that_is_not_there_is_said_in_a_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.tar: No such file or directory; correct the path"):
+        open_corpora(str(tmp_path / "none.tar"), Config())
 
 
 def test_ranks_look_for_a_share_of_the_shards_each(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_the_power_of_a_known_device_is_found_by_its_own_name() -> None:
     assert watts_of("NVIDIA GeForce RTX 4090") == 450.0
     assert watts_of("NVIDIA RTX A6000") == 300.0
     assert watts_of("AMD Instinct MI300X") is None and watts_of("NVIDIA H100 PCIe") is None
+    assert watts_of("NVIDIA A100-PCIE-40GB") is None and watts_of("NVIDIA H100 NVL") is None
 
 
 def test_bf16_is_refused_where_a_gpu_would_emulate_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from sparselt_dist.distributed import (
     Ranks,
     StopFlag,
     _meet,
+    _rendezvous_defaults,
     allow_open_files,
     first_host,
     ranks_from_environment,
@@ -110,3 +111,13 @@ def test_rank_0_of_many_may_open_a_connection_to_each() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(1024 + 64 * 8, hard), "it is never lowered"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_rank_alone_in_a_job_takes_a_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for ranks in (Ranks(0, 1, 0), Ranks(0, 2, 0)):
+        place = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "gpu[03-05]"}
+        monkeypatch.setattr(os, "environ", place)
+        _rendezvous_defaults(ranks)
+        found.append((place["MASTER_ADDR"], int(place["MASTER_PORT"])))
+    assert found[1] == ("gpu03", 20000 + 77 * 7) and found[0][0] == "127.0.0.1" and found[0][1] != found[1][1]

@@ -207,3 +207,17 @@ def test_a_folder_that_is_no_run_is_exit_code_2(tmp_path: Path, capsys: pytest.C
     (tmp_path / "config.resolved.yaml").write_text("log: [\n")
     with pytest.raises(DataError, match="cannot be read as YAML"):
         mlflow_sync.sync(tmp_path, None, None)
+
+
+def test_a_folder_that_is_no_run_keeps_none_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sync(run_dir: Path, uri: str | None, experiment: str | None) -> str:
+        if run_dir.name == "b":
+            raise DataError(f"{run_dir}: found neither")
+        return f"{run_dir.name} brought over"
+
+    monkeypatch.setattr(mlflow_sync, "sync", sync)
+    assert mlflow_sync.main([str(tmp_path / name) for name in "abc"]) == 2
+    told = capsys.readouterr()
+    assert told.out.splitlines() == ["a brought over", "c brought over"] and told.err.startswith("error: ")

@@ -134,10 +134,10 @@ def test_the_formula_is_the_published_34_bytes_a_hidden_unit_and_a_little() -> N
 def test_scores_are_of_targets_and_chunks_bound_them() -> None:
     facts = replace(FACTS, vocab_size=32768, targets_per_token=0.25)
     many = layout(0, micro_batch_size=512)
-    assert loss_bytes(facts, many) == 512 * 32 * 32768 * 12
+    assert loss_bytes(facts, many) == 512 * 32 * 32768 * 6
     chunked = replace(facts, chunked_loss=True)
-    assert loss_bytes(chunked, many) == 512 * 32768 * 12 + 3 * 32768 * 1024 * 4
-    assert loss_bytes(chunked, replace(many, stage=3)) == 512 * 32768 * 12 + 32768 * 1024 * 4
+    assert loss_bytes(chunked, many) == 512 * 32768 * 6 + 3 * 32768 * 1024 * 4
+    assert loss_bytes(chunked, replace(many, stage=3)) == 512 * 32768 * 6 + 32768 * 1024 * 4
     assert loss_bytes(FACTS, many) == 0
 
 

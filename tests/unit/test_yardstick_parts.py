@@ -3,12 +3,14 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sparselt_dist.data.batch import Example
-from sparselt_dist.evaluation.features import evaluation_mode
+from sparselt_dist.evaluation.features import Corrupted, documents_of, evaluation_mode, hidden_at
 from sparselt_dist.evaluation.head_recovery import RecoveredHead, _choose_start, recover_head
 from sparselt_dist.evaluation.probe import _other_ids, probe_accuracy, replaced_rows
+from sparselt_dist.models.backbone import Backbone
+from sparselt_dist.models.crammed import CrammedBertConfig, CrammedBertForMaskedLM
 
 UNIGRAM_V = np.array([0.0, 0.0, 8.0, 4.0, 2.0, 1.0, 1.0])
 
@@ -30,6 +32,26 @@ def test_replacements_stay_inside_the_vocabulary_at_both_ends_of_the_draw() -> N
     own = np.array([[2, 6, 2, 6]])
     drawn = _other_ids(own, np.array([[0.0, 0.0, np.nextafter(1, 0), np.nextafter(1, 0)]]), UNIGRAM_V)
     assert drawn.tolist() == [[3, 2, 6, 5]]
+
+
+def test_documents_of_a_packed_row_are_read_apart() -> None:
+    torch.manual_seed(0)
+    config = CrammedBertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    backbone = Backbone(CrammedBertForMaskedLM(config), has_head=True)
+    ids = torch.randint(5, 32, (1, 12))
+    packed: Example = {"key": "shard-000000/0", "ids": ids[0].numpy(), "seed": 0, "documents": np.array([5, 7])}
+    everywhere, nowhere = torch.arange(12), torch.zeros(12, dtype=torch.int64)
+
+    def states(rows: Tensor, documents: dict[str, Tensor]) -> Tensor:
+        one = Corrupted(rows, torch.ones_like(rows), everywhere[: rows.numel()], nowhere[: rows.numel()], documents)
+        return hidden_at(backbone, [one], torch.device("cpu"))[0]
+
+    apart = states(ids, documents_of(ids, [packed]))
+    assert torch.allclose(apart[:5], states(ids[:, :5], {}), atol=1e-5)
+    assert torch.allclose(apart[5:], states(ids[:, 5:], {}), atol=1e-5)
+    assert not torch.allclose(apart[5:], states(ids, {})[5:], atol=1e-2)
 
 
 def test_probe_rows_are_balanced_and_say_what_was_replaced() -> None:
