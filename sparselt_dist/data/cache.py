@@ -110,6 +110,11 @@ class ShardCache:
             ) from cause
         return copy
 
+    def adopt(self, copy: Path, url: str, *, num_bytes: int, sha256: str) -> None:
+        """Keep a copy that was fetched without a checksum as the one that will be asked for with it."""
+        with suppress(OSError), _locked(self._space_lock()):  # gone: then it is fetched again
+            copy.replace(self._copy((url, num_bytes, sha256)))
+
     def prefetch(self, wanted: Iterable[Wanted]) -> None:
         """Start to bring objects that will be fetched, without waiting.
 

@@ -120,9 +120,13 @@ def find_index(url: str, text_key: str, access: Access) -> TextIndex:
     with one_at_a_time(path):
         index = _stored_index(path)
         if index is None:
-            remote = is_remote(url)
-            local = access.cache().fetch(url, expected_bytes=None, expected_sha256=None) if remote else Path(url)
-            index = read_text_index(local, text_key)
+            if is_remote(url):
+                cache = access.cache()
+                copy = cache.fetch(url, expected_bytes=None, expected_sha256=None)
+                index = read_text_index(copy, text_key)
+                cache.adopt(copy, url, num_bytes=index.bytes, sha256=index.sha256)
+            else:
+                index = read_text_index(Path(url), text_key)
             _store_index(path, index)
     return index
 

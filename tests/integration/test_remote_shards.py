@@ -121,6 +121,7 @@ def test_raw_text_on_the_web_needs_no_preparation(server: FaultyServer, folder: 
     )
     remote = open_corpora(f"{server.root}/raw/part-{{0..1}}.tar", config)
     assert digests(remote) == digests(local)
+    assert [server.times_asked(f"/raw/part-{number}.tar") for number in range(2)] == [1, 1]  # indexed, then read
 
 
 def test_a_remote_folder_is_verified(server: FaultyServer, tmp_path: Path) -> None:
