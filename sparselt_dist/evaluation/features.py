@@ -47,7 +47,8 @@ def read_examples(corpora: Corpora, purpose: str, *, max_tokens: int, max_length
         if stored is not None:
             example: Example = {"key": key, "ids": stored.ids[:max_length], "seed": seed}
             if stored.documents is not None:
-                within = np.diff(np.minimum(stored.documents.cumsum(), max_length), prepend=0)
+                ends = np.cumsum(stored.documents, dtype=np.int64)
+                within = np.diff(np.minimum(ends, max_length), prepend=0)
                 example["documents"] = within[within > 0]
             examples.append(example)
     return examples
