@@ -94,9 +94,8 @@ def find_device(name: str) -> Device:
 
 def watts_of(device_name: str) -> float | None:
     """Power under load of the shipped description that a device's own name fits (`NVIDIA A100-SXM4-80GB`); None: unknown."""
-    if any(
-        kind in device_name.upper() for kind in ("PCIE", "NVL", "MIG")
-    ):  # which draw less than the modules that are described
+    frugal = ("PCIE", "NVL", "MIG")  # which draw less than the modules that are described
+    if any(kind in device_name.upper() for kind in frugal):
         return None
     plain = _plain(device_name).replace(" ", "")
     for known in shipped_devices():

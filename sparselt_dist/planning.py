@@ -19,11 +19,8 @@ from sparselt_dist.run_plan import RunPlan
 USABLE_SHARE = 0.92  # of a device's memory; the rest goes to fragmentation
 _FP32 = 4
 _SLICES = 1000  # of the budget, when the batch ramp is summed up
-_SCORE_BYTES = {
-    "fp32": 12,
-    "bf16": 6,
-    "fp16": 8,
-}  # of the vocabulary head: scores, their gradient, that times the loss's
+# A score of the vocabulary head: itself, its gradient, and that times the gradient of the loss.
+_SCORE_BYTES = {"fp32": 12, "bf16": 6, "fp16": 8}
 _CHUNK_SCORES, _CHUNK_ROWS = 2**24, 256  # a piece of the chunked cross-entropy
 _FLAT_ELEMENTS = 500_000_000  # gradients that stage 0 joins for one reduction
 _BUCKET, _PREFETCH = 500_000_000, 50_000_000  # elements; DeepSpeed's defaults
@@ -129,9 +126,8 @@ def loss_bytes(facts: ModelFacts, layout: Layout) -> float:
     # the table's gradient is summed up in the forward pass: the sum, a piece's part and their sum exist at once;
     # where gradients are left to the backward pass (ZeRO-3, fp16) there is one of them
     copies = 1 if layout.stage == 3 or layout.precision == "fp16" else 3
-    return (
-        rows * facts.vocab_size * _SCORE_BYTES[layout.precision] + copies * facts.vocab_size * facts.hidden_size * _FP32
-    )
+    table = facts.vocab_size * facts.hidden_size * _FP32
+    return rows * facts.vocab_size * _SCORE_BYTES[layout.precision] + copies * table
 
 
 def estimate_memory(facts: ModelFacts, layout: Layout, device: Device) -> Memory:
