@@ -27,10 +27,11 @@ import torch
 import torch.distributed as dist
 from ours import rank_plan
 
-from sparselt_dist import checkpoint, committing, distributed, health, preflight, watchdog
+from sparselt_dist import checkpoint, committing, distributed, hang, health, preflight
 from sparselt_dist.committing import Retention, Written
 from sparselt_dist.data.manifest import MANIFEST, Manifest, ShardEntry, parse_manifest, write_manifest
 from sparselt_dist.data.shard_files import Access, ShardFiles
+from sparselt_dist.rank_line import RankLine
 from sparselt_dist.snapshot import Snapshot
 
 RANKS = (8, 64, 256, 1024)
@@ -248,8 +249,8 @@ def judge(ranks: int) -> float:
 
 def hung(ranks: int) -> float:
     """Rank 0's look at where all ranks are, once a beat."""
-    reports = {rank: watchdog.Report(9, "forward", 0.1, 0.5) for rank in range(ranks)}
-    return seconds(lambda: watchdog.hung_ranks(reports, 600.0))
+    reports = {rank: hang.Report(9, "forward", 0.1, 0.5) for rank in range(ranks)}
+    return seconds(lambda: hang.hung_ranks(reports, 600.0))
 
 
 def leaks(ranks: int) -> float:
@@ -260,7 +261,7 @@ def leaks(ranks: int) -> float:
 
 def beat_message() -> float:
     """One message of a rank to the watchdog of rank 0, sent and understood."""
-    ours, theirs = (watchdog._Line(end) for end in socket.socketpair())
+    ours, theirs = (RankLine(end) for end in socket.socketpair())
 
     def message() -> None:
         ours.send(step=123456, phase="forward", age=0.123456)
