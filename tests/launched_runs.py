@@ -85,6 +85,8 @@ class Ended(NamedTuple):
     """Processes that outlived it."""
     at: float
     """When the command ended, by the monotonic clock."""
+    gone_at: float
+    """When all that it started had ended as well, or was killed."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -150,12 +152,13 @@ def wait_for_end(process: subprocess.Popen[bytes], output: Path, mark: str, limi
         deadline = time.monotonic() + GRACE_SECONDS
     while (family := marked(mark)) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
+    gone_at = time.monotonic()
     names = []
     for member in family:
         with contextlib.suppress(psutil.Error):
             names.append(f"{member.pid}: {' '.join(member.cmdline())[:120]}")
     end_all(mark)
-    return Ended(code, output.read_text(errors="replace"), tuple(names) if code is not None else (), at)
+    return Ended(code, output.read_text(errors="replace"), tuple(names) if code is not None else (), at, gone_at)
 
 
 # ---- judgement -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import argparse
 import os
 import random
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ TRIES = 15
 PAUSE_SECONDS = 2.0  # before the same command is started again
 EARLIER = 0.8  # of its moment, for a fault that came too late
 POLL_SECONDS = 0.02
+ENDS_ITS_RUN = ("rank killed", "launcher killed", "rank stopped")  # so that it counts how soon
 
 
 def name_of(number: int, kind: str) -> str:
@@ -65,8 +67,8 @@ def kind_of(number: int, seed: int, kinds: list[str]) -> str:
     return generator.sample(kinds, len(kinds))[number % len(kinds)]
 
 
-def disturbed_start(case: Case, plan: Plan, line: list[str], limit: float) -> tuple[Ended, int] | None:
-    """The start that meets the fault, and the step it met; None: it had ended before."""
+def disturbed_start(case: Case, plan: Plan, line: list[str], limit: float) -> tuple[Ended, int, float] | None:
+    """The start that meets the fault, the step it met, and the seconds until nothing ran; None: it had ended before."""
     output, begun = case.folder / "start-1.log", time.monotonic()
     with started(line, output, case.mark, dict(plan.variables)) as process:
         while process.poll() is None and (time.monotonic() < begun + case.moment or not plan.may_make()):
@@ -80,7 +82,9 @@ def disturbed_start(case: Case, plan: Plan, line: list[str], limit: float) -> tu
         step = last_step(case.run)
         if not plan.make(process):
             return None
-        return wait_for_end(process, output, case.mark, limit), step
+        made = time.monotonic()
+        ended = wait_for_end(process, output, case.mark, limit)
+        return ended, step, ended.gone_at - made
 
 
 def starts_until_done(case: Case, plan: Plan, line: list[str], first: Ended, limit: float) -> list[Ended]:
@@ -144,14 +148,14 @@ def make_case(
             if disturbed is None:
                 share *= EARLIER
                 continue
-            ended, step = disturbed
+            ended, step, seconds_left = disturbed
             broken = [] if plan.damaged else damaged(case.run)
             starts = starts_until_done(case, plan, line, ended, arguments.limit)
             bound = toy.steps if plan.saves_fail else toy.every * (1 + asynchronous + plan.damaged)
             result = judge(case, plan, starts, expected, bound)
             result["faults"] += broken
         told = {"case": name_of(number, kind), "kind": kind, "second": round(case.moment, 2), "step": step}
-        return {**told, "asynchronous": asynchronous, **result}
+        return {**told, "asynchronous": asynchronous, "ran_on": round(seconds_left, 2), **result}
     raise AssertionError(f"case {number}, {kind}: the run always ended before its fault")
 
 
@@ -166,6 +170,10 @@ def show(results: list[dict[str, Any]], skipped: dict[str, str], every: int) -> 
             counts = [sum(each[key] for each in group) for key in ("same", "message", "orphans", "hangs")]
             rows.append([kind, len(group), *counts, max(each["repeated"] for each in group)])
     print(table("kind|cases|same weights|right message|orphans|hangs|most steps repeated".split("|"), rows))
+    for kind in ENDS_ITS_RUN:
+        ran_on = [each["ran_on"] for each in results if each["kind"] == kind and each["codes"][0] != 0]
+        if ran_on:
+            print(f"{kind}: nothing ran after {statistics.median(ran_on):.1f} s in the median, {max(ran_on):.1f} s at most")
     print(f"a checkpoint every {every} steps; starts with a traceback: {sum(each['tracebacks'] for each in results)}")
     for each in results:
         for fault in each["faults"]:
