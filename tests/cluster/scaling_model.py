@@ -1,6 +1,6 @@
 """A paper model of a large job: what a start, a step, a checkpoint and the data cost by number of ranks, and what gives first.
 
-    python tests/benchmarks/scaling_model.py --work-dir /tmp/scaling
+    python tests/cluster/scaling_model.py --work-dir /tmp/scaling
 
 Prints the unit costs measured here (`scaling_costs.py`; kept in `costs.json` of the work folder, so that the model can be
 asked again with other assumptions), what follows from them for 8 to 4,096 ranks, and for each item the number of ranks at which

@@ -1,6 +1,6 @@
 """Every checkpoint continued everywhere: {1, 2, 4} ranks x ZeRO {1, 2, 3} to each other, against a run that never stopped.
 
-    python tests/benchmarks/elastic_matrix.py --work-dir /tmp/elastic
+    python tests/cluster/elastic_matrix.py --work-dir /tmp/elastic
 
 One run on one rank with ZeRO 0 goes undisturbed. Each of the nine layouts then trains the first steps, saves, and ends; from
 its checkpoint each of the nine continues in a folder of its own. Compared with the undisturbed run are the digest of the

@@ -1,6 +1,6 @@
 """Kill -9 at random points of saving, again and again, in every ZeRO stage: nothing but the save under way is lost.
 
-    python tests/benchmarks/kill_while_saving.py --kills 200
+    python tests/cluster/kill_while_saving.py --kills 200
 
 For each stage a run of two ranks (gloo) that saves every few steps goes once undisturbed. Then the same run is started, killed
 while it saves, and started again; half of the kills meet saves in the background, half saves that are waited for. Only

@@ -1,6 +1,6 @@
 """Random faults at random moments of real runs: the same command, started again, ends with the same weights.
 
-    python tests/benchmarks/random_faults.py --work-dir /tmp/faults --cases 50
+    python tests/cluster/random_faults.py --work-dir /tmp/faults --cases 50
 
 A small run of two ranks (gloo), started by the command that users type, goes once undisturbed. Each case is that run with one
 fault (`fault_kinds.py`) at a moment drawn from its whole life; then the same command is started again until it ends with 0.
@@ -28,7 +28,6 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cluster"))
 from fault_kinds import KINDS, Case, Plan
 from kill_and_resume import prepared, victims
 from launched_runs import (
@@ -173,7 +172,9 @@ def show(results: list[dict[str, Any]], skipped: dict[str, str], every: int) -> 
     for kind in ENDS_ITS_RUN:
         ran_on = [each["ran_on"] for each in results if each["kind"] == kind and each["codes"][0] != 0]
         if ran_on:
-            print(f"{kind}: nothing ran after {statistics.median(ran_on):.1f} s in the median, {max(ran_on):.1f} s at most")
+            print(
+                f"{kind}: nothing ran after {statistics.median(ran_on):.1f} s in the median, {max(ran_on):.1f} s at most"
+            )
     print(f"a checkpoint every {every} steps; starts with a traceback: {sum(each['tracebacks'] for each in results)}")
     for each in results:
         for fault in each["faults"]:

@@ -1,6 +1,6 @@
 """Kill -9 of a random rank or loader worker at random times, again and again: the same batches as without.
 
-    python tests/benchmarks/kill_and_resume.py --kills 20
+    python tests/cluster/kill_and_resume.py --kills 20
 
 A small `pretrain` of two ranks (gloo), a loader worker each, runs once undisturbed. Then the same run is started through
 the `deepspeed` command with `--resume auto`, killed, and started again until all kills are made; the last start runs to

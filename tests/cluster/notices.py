@@ -1,6 +1,6 @@
 """A notice in every phase of a run, to one rank or to the launcher: saved within the grace period, and continued alike.
 
-    python tests/benchmarks/notices.py --work-dir /tmp/notices
+    python tests/cluster/notices.py --work-dir /tmp/notices
 
 A small run of two ranks (gloo) goes once undisturbed. Then, for each phase, signal and target, the same run is started as
 users start it, but for an entry point (`notice_rank.py`) that sends the notice as a rank comes to that phase, and holds the

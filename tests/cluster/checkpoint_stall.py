@@ -1,6 +1,6 @@
 """How long checkpoints hold training up, written at once and in the background, at 120 M parameters.
 
-    python tests/benchmarks/checkpoint_stall.py --ranks 1
+    python tests/cluster/checkpoint_stall.py --ranks 1
 
 Three runs of crammed-bert on the same batches: without checkpoints before the last, with synchronous and with asynchronous
 ones. The stall is `perf/checkpoint_stall_seconds` of the journal: what one save took from training. Steps taken while a
