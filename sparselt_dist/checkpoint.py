@@ -1,11 +1,11 @@
-"""Checkpoints: `checkpoints/step_00000100/`, whole tensors by name, complete only if `COMPLETE` is there.
+"""Checkpoints: `checkpoints/step_00000100/`, tensors by name, complete only if `COMPLETE` is there.
 
 Here they are found, verified and read; `committing.py` makes them. Only complete checkpoints load.
 
 Layout: `config.json` (the Hugging Face configuration of the backbone), `weights-00000.safetensors` and
-`moments-00000.safetensors` (one of each a writing rank), `rank_00000.pt` (random state of a rank), `meta.json` (step, tokens,
-cursor, clock, configuration; size and SHA-256 of all files before it), `COMPLETE` (the step, and the SHA-256 of
-`meta.json`): a chain in which a flipped bit shows wherever it is.
+`moments-00000.safetensors` (one of each a writing rank: `tensor_files.py`), `rank_00000.pt` (random state of a rank),
+`meta.json` (step, tokens, cursor, clock, configuration; size and SHA-256 of all files before it), `COMPLETE` (the step, and
+the SHA-256 of `meta.json`): a chain in which a flipped bit shows wherever it is.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparselt_dist.errors import CheckpointError
+from sparselt_dist.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1: each tensor whole in one file, which is read as any other
 HASHED_AT_ONCE = 4  # files
 _NAME = re.compile(r"step_(\d{8,})$")
 
@@ -98,9 +99,9 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {checkpoint}: meta.json cannot be read ({error}); use an earlier checkpoint"
         ) from None
-    if meta.get("format") != FORMAT:
+    if meta.get("format") not in READABLE:
         raise CheckpointError(
-            f"checkpoint {checkpoint}: format {meta.get('format')!r}, expected {FORMAT}; use a matching version"
+            f"checkpoint {checkpoint}: format {meta.get('format')!r}, expected one of {READABLE}; use a matching version"
         )
     return meta
 
@@ -183,44 +184,9 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-@dataclass(frozen=True)
-class TensorFiles:
-    """Tensors of one kind in a checkpoint, read by name from memory-mapped files, which are opened once."""
-
-    checkpoint: Path
-    owner: dict[str, Any]  # tensor name -> open file
-
-    @classmethod
-    def open(cls, checkpoint: Path, kind: str) -> TensorFiles:
-        from safetensors import safe_open
-
-        owner: dict[str, Any] = {}
-        for path in sorted(checkpoint.glob(f"{kind}-*.safetensors")):
-            file: Any = safe_open(path, framework="pt")
-            owner.update(dict.fromkeys(file.keys(), file))
-        return cls(checkpoint, owner)
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, whole, on the CPU.
-
-        Raises:
-            CheckpointError: the checkpoint holds no such tensor.
-        """
-        if name not in self.owner:
-            raise CheckpointError(
-                f"checkpoint {self.checkpoint}: holds no {name!r}; it belongs to another model, objective or optimizer"
-            )
-        tensor: torch.Tensor = self.owner[name].get_tensor(name)
-        return tensor
-
-    def read_all(self) -> dict[str, torch.Tensor]:
-        """All tensors by name."""
-        return {name: self.read(name) for name in self.owner}
-
-
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Full fp32 weights and persistent buffers by name of the PretrainingModel; tied weights once."""
-    return TensorFiles.open(checkpoint, "weights").read_all()
+    return TensorFiles(checkpoint, "weights").read_all()
 
 
 def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
@@ -229,15 +195,18 @@ def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape: the checkpoint of another model.
     """
-    weights = load_weights(checkpoint)
+    import torch
+
+    files = TensorFiles(checkpoint, "weights")
+    saved = {name: files.shape(name) for name in files.names()}
     own: dict[str, torch.Tensor] = dict(model.named_parameters())
     own.update({name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()})
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
+    missing = sorted(own.keys() - saved.keys())
+    unexpected = sorted(saved.keys() - own.keys())
     shapes = [
-        f"{name} {tuple(weights[name].shape)} (expected {tuple(own[name].shape)})"
-        for name in sorted(own.keys() & weights.keys())
-        if weights[name].shape != own[name].shape
+        f"{name} {saved[name]} (expected {tuple(own[name].shape)})"
+        for name in sorted(own.keys() & saved.keys())
+        if saved[name] != tuple(own[name].shape)
     ]
     faults = [
         f"{label}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
@@ -249,4 +218,6 @@ def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
             f"checkpoint {checkpoint}: it belongs to another model; {'; '.join(faults)}. "
             "Use the run's own configuration, another run.output_dir, or --resume never"
         )
-    model.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for name, tensor in own.items():  # one after another: no second copy of all
+            tensor.copy_(files.read(name))

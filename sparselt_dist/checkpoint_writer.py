@@ -18,24 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparselt_dist import committing, distributed
 from sparselt_dist.checkpoint import FORMAT, folder_name, is_intact
 from sparselt_dist.committing import Retention, Written
 from sparselt_dist.errors import CheckpointError
 from sparselt_dist.snapshot import Snapshot
+from sparselt_dist.tensor_files import Slice
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds; the tensors, whole ones, are gathered while they are iterated over."""
+    """What a checkpoint holds: of the tensors this rank's slices, of which all ranks' make up whole ones."""
 
     step: int
-    weights: Iterable[tuple[str, torch.Tensor]]
-    moments: Iterable[tuple[str, torch.Tensor]]
+    weights: Iterable[Slice]
+    moments: Iterable[Slice]
     num_bytes: int
-    """Of all tensors, about."""
+    """Of all tensors of all ranks, about."""
     rank_state: dict[str, Any]
     architecture: dict[str, Any]
     meta: dict[str, Any]
@@ -210,7 +209,7 @@ class CheckpointWriter:
 
     def _write(self, final: Path, rank_state: dict[str, Any], fault: str | None) -> Written | str:
         if fault is not None:
-            return fault
+            return f"rank {self.ranks.rank}: {fault}"
         staging = committing.staging_of(final)
         try:
             return committing.write_rank_files(staging, self.snapshot.parts, rank_state, self.ranks.rank)

@@ -16,15 +16,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sparselt_dist.checkpoint import complete_checkpoints, complete_mark, sha256, step_of
 from sparselt_dist.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
+from sparselt_dist.tensor_files import Slice, write_slices
 
 PROBED_BYTES = 64 * 2**20
 _LEFTOVER = re.compile(r"step_\d{8,}\.(partial|removed)")
@@ -78,19 +76,18 @@ def start_staging(final: Path, num_bytes: int) -> None:
 
 
 def write_rank_files(
-    staging: Path, parts: Mapping[str, dict[str, torch.Tensor]], rank_state: dict[str, Any], rank: int
+    staging: Path, parts: Mapping[str, Sequence[Slice]], rank_state: dict[str, Any], rank: int
 ) -> Written | str:
     """Write this rank's files and force them to disk; or the text of the error, and nothing is left of them."""
     import torch
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     started = time.perf_counter()
-    names = [f"{kind}-{rank:05d}.safetensors" for kind, tensors in parts.items() if tensors]
+    names = [f"{kind}-{rank:05d}.safetensors" for kind, slices in parts.items() if slices]
     state_name = f"rank_{rank:05d}.pt"
     try:
         for name in names:
-            save_file(parts[name.partition("-")[0]], staging / name)
+            write_slices(parts[name.partition("-")[0]], staging / name)
         torch.save(rank_state, staging / state_name)
         files = {name: _noted(staging / name) for name in (*names, state_name)}
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # which wrap a full disk in their own types

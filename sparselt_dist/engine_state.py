@@ -1,7 +1,8 @@
-"""Full fp32 weights and the optimizer's moments in and out of a DeepSpeed engine, whatever its ZeRO stage.
+"""fp32 weights and the optimizer's moments in and out of a DeepSpeed engine, whatever its ZeRO stage.
 
-Tensors leave and enter whole and under the model's own parameter names, so a checkpoint knows nothing of ranks and
-partitions and any stage and world size can load it. (DeepSpeed's own files tie a checkpoint to both.)
+Each rank gives the elements that it holds, by the model's own names and places in whole tensors, and takes those that it will
+hold: no communication, and any stage and world size can load what another saved. (DeepSpeed's own files tie a checkpoint to
+both.)
 
 The engine keeps fp32 weights in every precision (half precision is autocast), so weights are loaded into the model
 before the engine is built and only the moments are restored after.
@@ -15,15 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from deepspeed.utils import (
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_optimizer_state,
 )
 from torch import nn
 
 from sparselt_dist.optim import state_keys
+from sparselt_dist.tensor_files import Slice, cut
 
 
 def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
@@ -31,28 +33,37 @@ def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
 
 
-def gather_weights(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and persistent buffer, whole, to be copied before the next. All ranks must iterate together."""
+def own_weights(engine: DeepSpeedEngine) -> Iterator[Slice]:
+    """What this rank saves of parameters and persistent buffers: what it alone holds, and its share of what all hold."""
+    held_by_all: list[tuple[str, torch.Tensor]] = []
     for name, parameter in engine.module.named_parameters():
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            yield name, parameter.detach()
+        if hasattr(parameter, "ds_id"):
+            yield from _partition(name, parameter, _held_partition(parameter))
+        else:
+            held_by_all.append((name, parameter.detach()))
     for name, buffer in engine.module.named_buffers():
         owner = engine.module.get_submodule(name.rpartition(".")[0])
         if name.rpartition(".")[2] not in owner._non_persistent_buffers_set:
-            yield name, buffer.detach()
+            held_by_all.append((name, buffer.detach()))
+    yield from cut(held_by_all, dist.get_rank(), dist.get_world_size())
 
 
-def gather_moments(engine: DeepSpeedEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """The moments of all parameters, Adam's as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before the first step. To
-    be copied before the next; all ranks together."""
+def own_moments(engine: DeepSpeedEngine) -> Iterator[Slice]:
+    """What this rank saves of the moments of all parameters, Adam's as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before
+    the first step."""
     _create_states(engine)
+    stage = engine.zero_optimization_stage()
+    held_by_all: list[tuple[str, torch.Tensor]] = []
     for name, parameter, keys in _with_state_keys(engine):
         for key in keys:
-            if engine.zero_optimization_stage() == 0:
-                value = engine.basic_optimizer.state[parameter][key]
-            else:
-                value = safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}#{key}", value.detach()
+            if stage == 0:
+                held_by_all.append((f"{name}#{key}", engine.basic_optimizer.state[parameter][key]))
+            elif stage == 3:
+                yield from _partition(f"{name}#{key}", parameter, safe_get_local_optimizer_state(parameter, key))
+            elif (mapping := _mapping(parameter)) is not None:
+                start = mapping.lp_fragment_address.start
+                yield Slice(f"{name}#{key}", tuple(parameter.shape), start, mapping.get_hp_fragment(key).detach())
+    yield from cut(held_by_all, dist.get_rank(), dist.get_world_size())
 
 
 def num_bytes(engine: DeepSpeedEngine) -> int:
@@ -65,18 +76,25 @@ def num_bytes(engine: DeepSpeedEngine) -> int:
     return weights + sum(len(keys) * size(parameter) for _, parameter, keys in _with_state_keys(engine))
 
 
-def restore_moments(engine: DeepSpeedEngine, read: Callable[[str], torch.Tensor], steps_taken: int) -> None:
-    """Put back what `gather_moments` gave; `read` takes its names. Sets Adam's own step count as well."""
+def restore_moments(engine: DeepSpeedEngine, read: Callable[[str, int, int], torch.Tensor], steps_taken: int) -> None:
+    """Put back what all ranks' `own_moments` gave; `read` takes a name, the first element and how many. Sets Adam's own step
+    count as well."""
     _create_states(engine)
+    stage = engine.zero_optimization_stage()
     for name, parameter, keys in _with_state_keys(engine):
         for key in keys:
-            value = read(f"{name}#{key}")
-            if engine.zero_optimization_stage() == 0:
-                engine.basic_optimizer.state[parameter][key].copy_(value)
-            elif engine.zero_optimization_stage() == 3:
-                safe_set_local_optimizer_state(parameter, _own_partition(engine, parameter, value), key)
+            if stage == 0:
+                state = engine.basic_optimizer.state[parameter][key]
+                state.copy_(read(f"{name}#{key}", 0, state.numel()).view_as(state))
+            elif stage == 3:
+                safe_set_local_optimizer_state(parameter, _read_partition(parameter, f"{name}#{key}", read), key)
             else:
-                safe_set_full_optimizer_state(parameter, value.to(engine.device), key)
+                mapping = _mapping(parameter)
+                address = None if mapping is None else mapping.lp_fragment_address
+                # Elements of other ranks are asked for too, none of them, so that a missing tensor is missing on all ranks.
+                values = read(f"{name}#{key}", *((0, 0) if address is None else (address.start, address.numel)))
+                if mapping is not None:
+                    mapping.get_hp_fragment(key).copy_(values)
     for state in engine.basic_optimizer.state.values():
         if "step" in state:  # Muon counts none
             state["step"].fill_(float(steps_taken))
@@ -91,11 +109,35 @@ def _with_state_keys(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Paramete
         yield name, parameter, of_parameter.get(id(parameter), usual)
 
 
-def _own_partition(engine: DeepSpeedEngine, parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """This rank's slice under ZeRO-3, zero-padded; DeepSpeed 0.19 sets whole tensors only if they divide over ranks."""
-    size, ranks = parameter.partition_numel(), dist.get_world_size()
-    padded = nn.functional.pad(value.flatten(), (0, size * ranks - value.numel()))
-    return padded.narrow(0, size * dist.get_rank(), size).to(engine.device)
+def _mapping(parameter: Any) -> Any:
+    """DeepSpeed's note of this rank's elements under ZeRO-1 and 2; None if all are of other ranks."""
+    return parameter._hp_mapping
+
+
+def _partition(name: str, parameter: Any, held: torch.Tensor) -> Iterator[Slice]:
+    """What a rank holds under ZeRO-3, without the padding."""
+    start, numel = _place(parameter)
+    if numel > 0 or (parameter.ds_numel == 0 and dist.get_rank() == 0):
+        yield Slice(name, tuple(parameter.ds_shape), start, held.detach()[:numel])
+
+
+def _place(parameter: Any) -> tuple[int, int]:
+    """First element and number of elements of this rank's partition under ZeRO-3."""
+    start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
+    return start, min(parameter.partition_numel(), parameter.ds_numel - start)
+
+
+def _held_partition(parameter: Any) -> torch.Tensor:
+    """This rank's elements of a parameter, padded; from the optimizer where DeepSpeed keeps the parameter on a disk."""
+    held: torch.Tensor = parameter.ds_tensor
+    if parameter.ds_tensor.status != PartitionedParamStatus.AVAILABLE:
+        held = safe_get_local_fp32_param(parameter)
+    return held
+
+
+def _read_partition(parameter: Any, name: str, read: Callable[[str, int, int], torch.Tensor]) -> torch.Tensor:
+    values = read(name, *_place(parameter))
+    return nn.functional.pad(values, (0, parameter.partition_numel() - values.numel()))
 
 
 def optimizer_steps(engine: DeepSpeedEngine) -> int:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sparselt_dist.objectives.base import PreludeReport
     from sparselt_dist.timekeeping import Progress
 
-SAVE_OVER_WRITE, SAVE_SECONDS = 1.2, 0.1  # a save gathers, commits and rotates besides
+SAVE_OVER_WRITE, SAVE_SECONDS = 1.2, 0.1  # a save copies, commits and rotates besides
 
 
 class Saving:
@@ -69,7 +69,7 @@ class Saving:
         self.writer = CheckpointWriter(
             run_dir,
             ranks,
-            Snapshot(ranks.rank, ranks.world_size, pinned=engine.device.type == "cuda", scratch=scratch),
+            Snapshot(pinned=engine.device.type == "cuda", scratch=scratch),
             Retention(section.keep, section.keep_every_steps),
             before=self._sync_journal,
             say=say,
@@ -169,8 +169,8 @@ class Saving:
         engine, progress = self.engine, self.progress
         return Contents(
             step=progress.step,
-            weights=engine_state.gather_weights(engine),
-            moments=engine_state.gather_moments(engine),
+            weights=engine_state.own_weights(engine),
+            moments=engine_state.own_moments(engine),
             num_bytes=engine_state.num_bytes(engine),
             rank_state=_random_state(),
             architecture=engine.module.backbone.config.to_dict(),

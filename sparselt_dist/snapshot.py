@@ -1,4 +1,4 @@
-"""A copy of this rank's share of weights and moments, in buffers that are used again for the next one.
+"""A copy of what this rank saves of weights and moments, in buffers that are used again for the next one.
 
 Training may go on as soon as it is taken. The buffers are page-locked where tensors come from a GPU, which copies into
 these at full speed; with a scratch folder they are files there, mapped into memory and already unlinked, so that the copy
@@ -14,39 +14,29 @@ from pathlib import Path
 
 import torch
 
+from sparselt_dist.tensor_files import Slice
+
 
 class Snapshot:
-    """The tensors that fall to one rank to write, by kind and name."""
+    """The slices that one rank writes, by kind."""
 
-    def __init__(self, rank: int, world_size: int, *, pinned: bool = False, scratch: Path | None = None) -> None:
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, *, pinned: bool = False, scratch: Path | None = None) -> None:
         self.pinned = pinned and scratch is None
         self.scratch = scratch
-        self.parts: dict[str, dict[str, torch.Tensor]] = {}
+        self.parts: dict[str, list[Slice]] = {}
 
-    def take(self, parts: Mapping[str, Iterable[tuple[str, torch.Tensor]]]) -> str | None:
-        """Copy this rank's share; every rank is given all tensors in the same order. The text of an error, if any.
-
-        Each tensor goes to the rank with the fewest bytes so far. Iterating is collective, so a rank that meets an error
-        still goes through all of them.
-        """
-        loads = [0] * self.world_size
-        kept, self.parts = self.parts, {}
-        fault: str | None = None
-        for kind, tensors in parts.items():
-            own: dict[str, torch.Tensor] = {}
-            for name, tensor in tensors:
-                owner = loads.index(min(loads))
-                loads[owner] += tensor.nbytes
-                if owner != self.rank or fault is not None:
-                    continue
-                try:
-                    own[name] = self._copy(tensor, kept.get(kind, {}).get(name))
-                except (OSError, RuntimeError) as error:  # torch: no memory left
-                    fault = f"rank {self.rank}: no room for the copy ({error})"
-            self.parts[kind] = own
-        return fault
+    def take(self, parts: Mapping[str, Iterable[Slice]]) -> str | None:
+        """Copy them; the text of an error, if any."""
+        kept = {(kind, each.name): each.values for kind, slices in self.parts.items() for each in slices}
+        self.parts = {}
+        try:
+            for kind, slices in parts.items():
+                self.parts[kind] = [
+                    each._replace(values=self._copy(each.values, kept.get((kind, each.name)))) for each in slices
+                ]
+        except (OSError, RuntimeError) as error:  # torch: no memory left
+            return f"no room for the copy ({error})"
+        return None
 
     def release(self) -> None:
         """Give the buffers back."""

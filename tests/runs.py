@@ -18,6 +18,7 @@ import torch
 from warm_rank import start_rank
 
 from sparselt_dist import checkpoint
+from sparselt_dist.tensor_files import TensorFiles
 
 MODEL = [
     "model.architecture=crammed-bert",
@@ -51,7 +52,7 @@ class Finished:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights and moments of the newest checkpoint."""
-        moments = checkpoint.TensorFiles.open(checkpoint.find(self.folder), "moments").read_all()
+        moments = TensorFiles(checkpoint.find(self.folder), "moments").read_all()
         return {**self.weights(), **moments}
 
 

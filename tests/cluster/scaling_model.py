@@ -25,14 +25,17 @@ from scaling_costs import LARGE_BYTES, SMALL_BYTES, Costs, measure
 
 from sparselt_dist.device import Device, find_device
 from sparselt_dist.preflight import MOST_SHARDS
+from sparselt_dist.tensor_files import LEAST_SHARE_BYTES
 from sparselt_dist.watchdog import BEAT_SECONDS, RANKS_A_SECOND
 
 SHOWN = (8, 64, 256, 1024, 4096)
 LARGEST = 2**20
 SAVED_BYTES = 12  # a parameter: fp32 weight and two moments
 WEIGHT_BYTES = 4
+MOMENT_FILES = 2  # that hold a rank's own moments, where as many ranks saved them
 FILES_A_RANK = 3  # of a checkpoint: weights, moments, random state
 GATHERS_AT_START, BROADCASTS_AT_START = 14, 5  # of objects, from the group's start to the first step
+BROADCASTS_AT_SAVE = 2  # of objects: whether the step is saved already, whether there is room
 SUMS_A_STEP = 3  # what all drew; loss, stop votes and clock; the journal line
 STORE_REQUESTS = 2  # of a rank to join, and for NCCL's identity of each group: wait and get
 MESH_REQUESTS = 2  # of a rank with gloo, for the address of every other in each group; counted
@@ -45,9 +48,7 @@ class Assumptions:
     """What is not measured here."""
 
     parameters: float = 1.3e9
-    vocab_size: int = 50_304
-    hidden_size: int = 2048
-    tensors: int = 300
+    zero_stage: int = 3
     device: str = "h100-80gb"
     ranks_per_host: int = 8
     tokens_per_rank_step: int = 16_384
@@ -156,11 +157,17 @@ class Model:
         return self.saved_bytes / (HASHED_AT_ONCE * self.costs.hash_bytes_s)
 
     def load_seconds(self, ranks: int) -> float:
-        """Every rank reads all weights and moments, a host once from storage, and opens every file that holds any."""
-        files = min(ranks, self.assumed.tensors) + min(ranks, 2 * self.assumed.tensors)
-        opened = ranks * files / self.assumed.metadata_ops_s
-        shared = self.storage_seconds(self.hosts(ranks) * self.saved_bytes)
-        return opened + max(shared, self.saved_bytes / self.costs.read_bytes_s)
+        """Every rank reads all weights, a host once from storage, and its own moments."""
+        weights = WEIGHT_BYTES * self.assumed.parameters
+        moments = self.saved_bytes - weights
+        opened = ranks * (self.weight_files(ranks) + MOMENT_FILES) / self.assumed.metadata_ops_s
+        shared = self.storage_seconds(self.hosts(ranks) * weights + moments)
+        return opened + max(shared, (weights + moments / ranks) / self.costs.read_bytes_s)
+
+    def weight_files(self, ranks: int) -> float:
+        """With ZeRO-3 each rank writes its own elements, else they are shared out."""
+        shares = max(1.0, WEIGHT_BYTES * self.assumed.parameters / LEAST_SHARE_BYTES)
+        return ranks if self.assumed.zero_stage == 3 else min(ranks, shares)
 
     # ---- a step
 
@@ -190,23 +197,23 @@ class Model:
     # ---- a checkpoint
 
     def stall_seconds(self, ranks: int) -> float:
-        """Training stands still while every weight and moment is gathered whole on every rank, one after another, each by a
-        ring (ZeRO-3), and an owner is found for it."""
-        link = self.device.inter_node_gb_s if ranks > self.assumed.ranks_per_host else self.device.intra_node_gb_s
-        turns = 3 * self.assumed.tensors * (ranks - 1) * self.turn_seconds()
-        return self.saved_bytes / (link * 1e9) + turns + line(self.costs.owners, ranks)
+        """Training stands still while each rank copies what it saves, and while sizes and sums go to rank 0 later."""
+        told = self.gather_seconds(ranks, self.costs.written_bytes) + 2 * BROADCASTS_AT_SAVE * self.sum_seconds(ranks)
+        return self.share_bytes(ranks) / self.costs.copy_bytes_s + told
+
+    def share_bytes(self, ranks: int) -> float:
+        """Of the rank with most to write."""
+        weights = WEIGHT_BYTES * self.assumed.parameters
+        return weights / self.weight_files(ranks) + (self.saved_bytes - weights) / ranks
 
     def writer_seconds(self, ranks: int) -> float:
-        """The rank with most to write: a tensor is written by one rank, so no share is smaller than the largest tensor."""
-        largest = WEIGHT_BYTES * self.assumed.vocab_size * self.assumed.hidden_size
-        own = max(self.saved_bytes / ranks, largest) / self.costs.write_bytes_s
-        return max(own, self.storage_seconds(self.saved_bytes))
+        """The rank with most to write."""
+        return max(self.share_bytes(ranks) / self.costs.write_bytes_s, self.storage_seconds(self.saved_bytes))
 
     def commit_seconds(self, ranks: int) -> float:
-        """Sizes and sums to rank 0, the files' record, and the deletion of an older checkpoint."""
-        gathered = self.gather_seconds(ranks, self.costs.written_bytes)
+        """The files' record, and the deletion of an older checkpoint."""
         made = FILES_A_RANK * 2 * ranks / self.assumed.metadata_ops_s
-        return gathered + line(self.costs.commit, ranks) + max(line(self.costs.rotate, ranks), made)
+        return line(self.costs.commit, ranks) + max(line(self.costs.rotate, ranks), made)
 
     # ---- data
 

@@ -19,6 +19,7 @@ from sparselt_dist.committing import Retention
 from sparselt_dist.distributed import Ranks
 from sparselt_dist.errors import CheckpointError
 from sparselt_dist.snapshot import Snapshot
+from sparselt_dist.tensor_files import cut
 
 ALONE = Ranks(0, 1, 0)
 
@@ -35,8 +36,8 @@ def contents(step: int, model: nn.Module | None = None) -> Contents:
     weights = [(name, value.detach()) for name, value in model.named_parameters()]
     return Contents(
         step=step,
-        weights=weights,
-        moments=[(f"{name}#exp_avg", torch.zeros_like(value)) for name, value in weights],
+        weights=cut(weights, 0, 1),
+        moments=cut([(f"{name}#exp_avg", torch.zeros_like(value)) for name, value in weights], 0, 1),
         num_bytes=2 * sum(value.nbytes for _, value in weights),
         rank_state={"cpu": torch.get_rng_state()},
         architecture={"model_type": "bert"},
@@ -47,7 +48,7 @@ def contents(step: int, model: nn.Module | None = None) -> Contents:
 def writer(run_dir: Path, keep: int = 2, said: list[str] | None = None, **options: Any) -> CheckpointWriter:
     retention = Retention(keep, options.pop("every_steps", None))
     said = [] if said is None else said
-    return CheckpointWriter(run_dir, ALONE, Snapshot(0, 1), retention, before=lambda: None, say=said.append, **options)
+    return CheckpointWriter(run_dir, ALONE, Snapshot(), retention, before=lambda: None, say=said.append, **options)
 
 
 def save(run_dir: Path, step: int, keep: int = 2) -> Path:

@@ -23,6 +23,7 @@ from sparselt_dist.data.storage import RetryPolicy
 from sparselt_dist.distributed import Ranks
 from sparselt_dist.errors import CheckpointError
 from sparselt_dist.snapshot import Snapshot
+from sparselt_dist.tensor_files import cut
 from sparselt_dist.uploading import Uploader
 
 MEGABYTE = 1 << 20
@@ -37,14 +38,15 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 def contents(step: int, weight: torch.Tensor | None = None) -> Contents:
     weight = torch.full((MEGABYTE // 4,), float(step)) if weight is None else weight
-    return Contents(step, [("w", weight)], [("w#exp_avg", weight)], 2 * weight.nbytes, {"cpu": torch.zeros(1)}, {}, {})
+    weights, moments = (cut([(name, weight)], 0, 1) for name in ("w", "w#exp_avg"))
+    return Contents(step, weights, moments, 2 * weight.nbytes, {"cpu": torch.zeros(1)}, {}, {})
 
 
 def writer(run_dir: Path, said: list[str], snapshot: Snapshot | None = None) -> CheckpointWriter:
     return CheckpointWriter(
         run_dir,
         Ranks(0, 1, 0),
-        snapshot or Snapshot(0, 1),
+        snapshot or Snapshot(),
         Retention(2),
         before=lambda: None,
         say=said.append,
@@ -158,7 +160,7 @@ def _save_until_killed(run_dir: Path, pipe: int) -> None:
         step += 1
         final = run_dir / "checkpoints" / checkpoint.folder_name(step)
         committing.start_staging(final, 0)
-        parts = {"weights": {"w": torch.full((10_000,), float(step))}}
+        parts = {"weights": list(cut([("w", torch.full((10_000,), float(step)))], 0, 1))}
         written = committing.write_rank_files(committing.staging_of(final), parts, {}, 0)
         assert not isinstance(written, str)
         committing.commit(final, {}, {"format": checkpoint.FORMAT, "step": step, "files": written.files})
@@ -186,7 +188,7 @@ def test_multiples_stay_for_good_and_so_does_what_is_spared(tmp_path: Path) -> N
     saves = CheckpointWriter(
         tmp_path,
         Ranks(0, 1, 0),
-        Snapshot(0, 1),
+        Snapshot(),
         Retention(2, every_steps=3),
         before=lambda: None,
         say=pytest.fail,
@@ -198,27 +200,24 @@ def test_multiples_stay_for_good_and_so_does_what_is_spared(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_copy_is_shared_out_by_size_and_its_buffers_are_used_again(tmp_path: Path, on_disk: bool) -> None:
+def test_a_copy_uses_its_buffers_again(tmp_path: Path, on_disk: bool) -> None:
     tensors = [("a", torch.randn(100)), ("b", torch.randn(3).to(torch.bfloat16)), ("c", torch.randn(9, 10))]
-    scratch = tmp_path / "scratch" if on_disk else None
-    copies = [Snapshot(rank, 2, scratch=scratch) for rank in range(2)]
-    assert [copy.take({"weights": tensors}) for copy in copies] == [None, None]
-    assert [set(copy.parts["weights"]) for copy in copies] == [{"a"}, {"b", "c"}]
-    before = {name: tensor.data_ptr() for copy in copies for name, tensor in copy.parts["weights"].items()}
+    copy = Snapshot(scratch=tmp_path / "scratch" if on_disk else None)
+    assert copy.take({"weights": cut(tensors, 0, 1)}) is None
+    before = [each.values.data_ptr() for each in copy.parts["weights"]]
     moved = [(name, tensor + 1) for name, tensor in tensors]
-    for copy in copies:
-        copy.take({"weights": moved})
-    taken = {name: tensor for copy in copies for name, tensor in copy.parts["weights"].items()}
-    assert all(torch.equal(taken[name], tensor) for name, tensor in moved)
-    assert {name: tensor.data_ptr() for name, tensor in taken.items()} == before
-    if scratch is not None:
-        assert list(scratch.iterdir()) == []  # a killed run leaves nothing
+    assert copy.take({"weights": cut(moved, 0, 1)}) is None
+    for each, (name, tensor) in zip(copy.parts["weights"], moved, strict=True):
+        assert each.name == name and torch.equal(each.values.view(each.shape), tensor)
+    assert [each.values.data_ptr() for each in copy.parts["weights"]] == before
+    if on_disk:
+        assert list((tmp_path / "scratch").iterdir()) == []  # a killed run leaves nothing
 
 
 def test_a_scratch_disk_without_room_is_a_save_that_fails(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
         said: list[str] = []
-        saves = writer(tmp_path, said, Snapshot(0, 1, scratch=disk))
+        saves = writer(tmp_path, said, Snapshot(scratch=disk))
         saves.finish(contents(1, torch.ones(1000)))
         saves.begin(contents(2))
         saves.settle()

@@ -118,7 +118,7 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
         {name: value.detach().clone() for name, value in model.named_parameters()}, folder / "weights-00000.safetensors"
     )
     meta = {
-        "format": 1,
+        "format": 1,  # whole tensors, as they were saved before they were cut
         "step": step,
         "tokens": step * 16 * LENGTH,
         "world_size": 1,

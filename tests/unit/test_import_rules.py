@@ -28,7 +28,8 @@ LAYERS: dict[int, str] = {
           data.
           objectives objectives.base objectives.cost""",
     # models, objectives, and what is written and read of them
-    2: "models. objectives. optim checkpoint checkpoint_writer committing engine_state snapshot uploading mlflow_sink",
+    2: """models. objectives. optim checkpoint checkpoint_writer committing engine_state snapshot tensor_files uploading
+          mlflow_sink""",
     # what is done with them
     3: """evaluation. trainer held_out saving non_finite health preflight timekeeping drawing step_sums compile_check profiling
           micro_batch_search run_folder closing comparison compare_report diagnosis utilisation typing_report""",
