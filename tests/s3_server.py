@@ -16,7 +16,7 @@ import subprocess
 import sysconfig
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,22 +105,33 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
 
 
 def _start(folder: Path, server: S3Server, ports: list[int]) -> subprocess.Popen[bytes]:
-    owner = {
-        "name": "owner",
-        "credentials": [{"accessKey": server.access_key, "secretKey": server.secret_key}],
-        "actions": ["Admin", "Read", "Write", "List"],
-    }
-    anonymous = {"name": "anonymous", "actions": [f"Read:{server.public}", f"List:{server.public}"]}
-    identities = folder / "identities.json"
-    identities.write_text(json.dumps({"identities": [owner, anonymous]}))
-    program = _seaweedfs()
-    assert program is not None
-    command = [program, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    command += [f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
-    command += ["-volume.max=0", "-master.volumeSizeLimitMB=64"]
-    command += [f"-{name}={port}" for name, port in zip(PORTS, ports, strict=True)]
+    readers = [f"Read:{server.public}", f"List:{server.public}"]
+    command = seaweedfs_command(
+        folder, server.access_key, server.secret_key, dict(zip(PORTS, ports, strict=True)), readers
+    )
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+
+
+def seaweedfs_command(
+    folder: Path,
+    access_key: str,
+    secret_key: str,
+    ports: dict[str, int],
+    everybody: Sequence[str] = (),
+    address: str = "127.0.0.1",
+) -> list[str]:
+    """The command of a server that keeps everything in the folder; `everybody` is what one without keys may do."""
+    keys = [{"accessKey": access_key, "secretKey": secret_key}]
+    owner = {"name": "owner", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
+    identities = folder / "identities.json"
+    identities.write_text(json.dumps({"identities": [owner, {"name": "anonymous", "actions": [*everybody]}]}))
+    program = _seaweedfs()
+    assert program is not None
+    command = [program, "server", f"-dir={folder}", f"-ip={address}", f"-ip.bind={address}", "-filer", "-s3"]
+    command += [f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    command += ["-volume.max=0", "-master.volumeSizeLimitMB=64"]
+    return command + [f"-{name}={port}" for name, port in ports.items()]
 
 
 def _make_buckets(server: S3Server, deadline: float) -> None:
