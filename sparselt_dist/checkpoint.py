@@ -184,9 +184,15 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def open_tensors(checkpoint: Path, kind: str, share: float = 0.0) -> TensorFiles:
+    """The `weights` or `moments` of a verified checkpoint: of the files that were verified, whatever else lies there."""
+    noted = sorted(name for name in read_meta(checkpoint)["files"] if name.startswith(f"{kind}-"))
+    return TensorFiles(checkpoint, noted, share)
+
+
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Full fp32 weights and persistent buffers by name of the PretrainingModel; tied weights once."""
-    return TensorFiles(checkpoint, "weights").read_all()
+    return open_tensors(checkpoint, "weights").read_all()
 
 
 def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
@@ -197,7 +203,7 @@ def load_into(model: torch.nn.Module, checkpoint: Path) -> None:
     """
     import torch
 
-    files = TensorFiles(checkpoint, "weights")
+    files = open_tensors(checkpoint, "weights")
     saved = {name: files.shape(name) for name in files.names()}
     own: dict[str, torch.Tensor] = dict(model.named_parameters())
     own.update({name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()})

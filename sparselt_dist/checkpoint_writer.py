@@ -28,7 +28,8 @@ from sparselt_dist.tensor_files import Slice
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: of the tensors this rank's slices, of which all ranks' make up whole ones."""
+    """What a checkpoint holds: of the tensors this rank's slices, of which all ranks' make up whole ones; each to be copied
+    before the next is asked for."""
 
     step: int
     weights: Iterable[Slice]

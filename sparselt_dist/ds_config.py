@@ -165,6 +165,13 @@ def _check_keys(name: str, values: dict[str, Any], faults: Faults) -> None:
         return
     if "stage" in zero and zero["stage"] not in (0, 1, 2, 3):
         faults.add(name, "zero_optimization.stage", show(zero["stage"]), "0, 1, 2 or 3")
+    if zero.get("zero_quantized_nontrainable_weights"):
+        path = "zero_optimization.zero_quantized_nontrainable_weights"
+        faults.add(name, path, "true", "false: a checkpoint holds weights as they are", "remove it")
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            expected = '"cpu" or "none": a checkpoint is made of what is in memory'
+            faults.add(name, f"zero_optimization.{key}.device", '"nvme"', expected, "offload to cpu")
     known = _zero_keys()
     for key in zero if known else ():
         if key not in known:

@@ -16,7 +16,6 @@ from sparselt_dist.models.assembly import build_model
 from sparselt_dist.optim import build_optimizer
 from sparselt_dist.run_plan import RunPlan, resolve_deepspeed
 from sparselt_dist.run_start import Data, Start
-from sparselt_dist.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from sparselt_dist.models.backbone import PretrainingModel
@@ -45,13 +44,17 @@ def build_engine(
     )
     if ranks.world_size == 1:
         reduce_nothing(engine)
-    if start.checkpoint is not None:
-        moments = TensorFiles(start.checkpoint, "moments", ranks.rank / ranks.world_size)
-        meta = checkpoint.read_meta(start.checkpoint)
-        engine_state.restore_moments(engine, moments.read_elements, meta["optimizer_steps"])
-        engine_state.restore_loss_scaler(engine, meta["loss_scaler"])
+    if (saved := start.checkpoint) is not None:
+        distributed.agreed(ranks, lambda: _restore(engine, saved, ranks))
         engine.global_steps = start.progress.step
     return engine
+
+
+def _restore(engine: DeepSpeedEngine, saved: Path, ranks: distributed.Ranks) -> None:
+    meta = checkpoint.read_meta(saved)
+    moments = checkpoint.open_tensors(saved, "moments", ranks.rank / ranks.world_size)
+    engine_state.restore_moments(engine, moments.read_elements, meta["optimizer_steps"])
+    engine_state.restore_loss_scaler(engine, meta["loss_scaler"])
 
 
 def reduce_nothing(engine: DeepSpeedEngine) -> None:

@@ -16,12 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
 from torch import nn
 
 from sparselt_dist.optim import state_keys
@@ -34,11 +29,12 @@ def trainable(engine: DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
 
 
 def own_weights(engine: DeepSpeedEngine) -> Iterator[Slice]:
-    """What this rank saves of parameters and persistent buffers: what it alone holds, and its share of what all hold."""
+    """What this rank saves of parameters and persistent buffers: what it alone holds, and its share of what all hold. Views
+    of what training changes, to be copied at once."""
     held_by_all: list[tuple[str, torch.Tensor]] = []
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_id"):
-            yield from _partition(name, parameter, _held_partition(parameter))
+            yield from _partition(name, parameter, parameter.ds_tensor)
         else:
             held_by_all.append((name, parameter.detach()))
     for name, buffer in engine.module.named_buffers():
@@ -50,19 +46,19 @@ def own_weights(engine: DeepSpeedEngine) -> Iterator[Slice]:
 
 def own_moments(engine: DeepSpeedEngine) -> Iterator[Slice]:
     """What this rank saves of the moments of all parameters, Adam's as `<parameter>#exp_avg` and `#exp_avg_sq`; zeros before
-    the first step."""
+    the first step. Views, as those of `own_weights`."""
     _create_states(engine)
     stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        yield from _flat_moments(engine)
+        return
     held_by_all: list[tuple[str, torch.Tensor]] = []
     for name, parameter, keys in _with_state_keys(engine):
         for key in keys:
             if stage == 0:
                 held_by_all.append((f"{name}#{key}", engine.basic_optimizer.state[parameter][key]))
-            elif stage == 3:
+            else:
                 yield from _partition(f"{name}#{key}", parameter, safe_get_local_optimizer_state(parameter, key))
-            elif (mapping := _mapping(parameter)) is not None:
-                start = mapping.lp_fragment_address.start
-                yield Slice(f"{name}#{key}", tuple(parameter.shape), start, mapping.get_hp_fragment(key).detach())
     yield from cut(held_by_all, dist.get_rank(), dist.get_world_size())
 
 
@@ -78,23 +74,19 @@ def num_bytes(engine: DeepSpeedEngine) -> int:
 
 def restore_moments(engine: DeepSpeedEngine, read: Callable[[str, int, int], torch.Tensor], steps_taken: int) -> None:
     """Put back what all ranks' `own_moments` gave; `read` takes a name, the first element and how many. Sets Adam's own step
-    count as well."""
+    count as well. No communication."""
     _create_states(engine)
-    stage = engine.zero_optimization_stage()
-    for name, parameter, keys in _with_state_keys(engine):
-        for key in keys:
-            if stage == 0:
-                state = engine.basic_optimizer.state[parameter][key]
-                state.copy_(read(f"{name}#{key}", 0, state.numel()).view_as(state))
-            elif stage == 3:
-                safe_set_local_optimizer_state(parameter, _read_partition(parameter, f"{name}#{key}", read), key)
-            else:
-                mapping = _mapping(parameter)
-                address = None if mapping is None else mapping.lp_fragment_address
-                # Elements of other ranks are asked for too, none of them, so that a missing tensor is missing on all ranks.
-                values = read(f"{name}#{key}", *((0, 0) if address is None else (address.start, address.numel)))
-                if mapping is not None:
-                    mapping.get_hp_fragment(key).copy_(values)
+    if engine.zero_optimization_stage() in (1, 2):
+        for own in _flat_moments(engine):
+            own.values.copy_(read(own.name, own.start, own.values.numel()))
+    else:
+        for name, parameter, keys in _with_state_keys(engine):
+            for key in keys:
+                if engine.zero_optimization_stage() == 0:
+                    value = engine.basic_optimizer.state[parameter][key]
+                    value.copy_(read(f"{name}#{key}", 0, value.numel()).view_as(value))
+                else:
+                    safe_set_local_optimizer_state(parameter, _read_partition(parameter, f"{name}#{key}", read), key)
     for state in engine.basic_optimizer.state.values():
         if "step" in state:  # Muon counts none
             state["step"].fill_(float(steps_taken))
@@ -109,13 +101,29 @@ def _with_state_keys(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Paramete
         yield name, parameter, of_parameter.get(id(parameter), usual)
 
 
-def _mapping(parameter: Any) -> Any:
-    """DeepSpeed's note of this rank's elements under ZeRO-1 and 2; None if all are of other ranks."""
-    return parameter._hp_mapping
+def _flat_moments(engine: DeepSpeedEngine) -> Iterator[Slice]:
+    """Views of this rank's moments under ZeRO-1 and 2, where each group's parameters lie one behind the other in a flat tensor
+    that is cut into equal partitions. (DeepSpeed's own map of it is wrong with `round_robin_gradients`.)"""
+    optimizer, rank = engine.optimizer, dist.get_rank()
+    names = {id(parameter): name for name, parameter in trainable(engine)}
+    keys = state_keys(engine.basic_optimizer.param_groups[0])
+    for flat, parameters, offsets in zip(
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.round_robin_bit16_groups,
+        optimizer.round_robin_bit16_offsets,
+        strict=True,
+    ):
+        first, state = flat.numel() * rank, engine.basic_optimizer.state[flat]
+        for parameter, offset in zip(parameters, offsets, strict=True):
+            start, stop = max(offset, first), min(offset + parameter.numel(), first + flat.numel())
+            if start < stop or (parameter.numel() == 0 and rank == 0):
+                for key in keys:
+                    values = state[key][start - first : stop - first]
+                    yield Slice(f"{names[id(parameter)]}#{key}", tuple(parameter.shape), start - offset, values)
 
 
 def _partition(name: str, parameter: Any, held: torch.Tensor) -> Iterator[Slice]:
-    """What a rank holds under ZeRO-3, without the padding."""
+    """What this rank holds of a parameter or moment under ZeRO-3, without the padding."""
     start, numel = _place(parameter)
     if numel > 0 or (parameter.ds_numel == 0 and dist.get_rank() == 0):
         yield Slice(name, tuple(parameter.ds_shape), start, held.detach()[:numel])
@@ -125,14 +133,6 @@ def _place(parameter: Any) -> tuple[int, int]:
     """First element and number of elements of this rank's partition under ZeRO-3."""
     start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
     return start, min(parameter.partition_numel(), parameter.ds_numel - start)
-
-
-def _held_partition(parameter: Any) -> torch.Tensor:
-    """This rank's elements of a parameter, padded; from the optimizer where DeepSpeed keeps the parameter on a disk."""
-    held: torch.Tensor = parameter.ds_tensor
-    if parameter.ds_tensor.status != PartitionedParamStatus.AVAILABLE:
-        held = safe_get_local_fp32_param(parameter)
-    return held
 
 
 def _read_partition(parameter: Any, name: str, read: Callable[[str, int, int], torch.Tensor]) -> torch.Tensor:
@@ -168,11 +168,6 @@ def _create_states(engine: DeepSpeedEngine) -> None:
                 optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
             for key in keys:
                 optimizer.state[tensor][key] = torch.zeros_like(tensor.data)
-    if engine.zero_optimization_stage() in (1, 2):
-        # DeepSpeed 0.19 links parameters to their states after the FIRST group's first step, when the other groups have
-        # none yet, and never again; so link anew.
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _loss_scaler(engine: DeepSpeedEngine) -> Any:

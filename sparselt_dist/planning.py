@@ -215,7 +215,7 @@ def layouts(config: Config, plan: RunPlan, world_size: int, ds_values: dict[str,
 
 def _offloads(zero: dict[str, Any], key: str) -> bool:
     section = zero.get(key)
-    return isinstance(section, dict) and section.get("device") in ("cpu", "nvme")
+    return isinstance(section, dict) and section.get("device") == "cpu"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from sparselt_dist.config import Config
 from sparselt_dist.errors import RunFailureError, SparseltError
 from sparselt_dist.redaction import shown_in
 from sparselt_dist.snapshot import Snapshot
+from sparselt_dist.tensor_files import LEAST_SHARE_BYTES
 from sparselt_dist.uploading import Uploader
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ class Saving:
 
     def probe(self) -> float:
         """What a save takes, judged by writing some bytes where it will write its share."""
-        written = committing.probe_seconds(self.run_dir, engine_state.num_bytes(self.engine) // self.ranks.world_size)
+        whole = engine_state.num_bytes(self.engine)
+        share = max(whole // self.ranks.world_size, min(whole, 2 * LEAST_SHARE_BYTES))  # of weights and of moments
+        written = committing.probe_seconds(self.run_dir, share)
         return SAVE_OVER_WRITE * written + SAVE_SECONDS
 
     def _sync_journal(self) -> None:

@@ -26,16 +26,17 @@ class Snapshot:
         self.parts: dict[str, list[Slice]] = {}
 
     def take(self, parts: Mapping[str, Iterable[Slice]]) -> str | None:
-        """Copy them; the text of an error, if any."""
+        """Copy them, each before the next is asked for; the text of an error, if any."""
         kept = {(kind, each.name): each.values for kind, slices in self.parts.items() for each in slices}
         self.parts = {}
-        try:
-            for kind, slices in parts.items():
-                self.parts[kind] = [
-                    each._replace(values=self._copy(each.values, kept.get((kind, each.name)))) for each in slices
-                ]
-        except (OSError, RuntimeError) as error:  # torch: no memory left
-            return f"no room for the copy ({error})"
+        for kind, slices in parts.items():
+            self.parts[kind] = []
+            for each in slices:
+                try:
+                    values = self._copy(each.values, kept.get((kind, each.name)))
+                except (OSError, RuntimeError) as error:  # torch: no memory left
+                    return f"no room for the copy ({error})"
+                self.parts[kind].append(each._replace(values=values))
         return None
 
     def release(self) -> None:

@@ -76,14 +76,14 @@ class TensorFiles:
 
     Args:
         checkpoint: its folder, verified.
-        kind: `weights` or `moments`.
-        share: in [0, 1), where among the files what is asked for will be: a rank of as many ranks as saved it finds all
-            that it needs in one or two.
+        names: of its files of this kind, in the order of the ranks that wrote them.
+        share: in [0, 1), where among the files what is asked for will be: a rank of as many ranks as saved it finds its own
+            moments in one or two.
     """
 
-    def __init__(self, checkpoint: Path, kind: str, share: float = 0.0) -> None:
+    def __init__(self, checkpoint: Path, names: Iterable[str], share: float = 0.0) -> None:
         self.checkpoint = checkpoint
-        paths = sorted(checkpoint.glob(f"{kind}-*.safetensors"))
+        paths = [checkpoint / name for name in names]
         by_distance = sorted(enumerate(paths), key=lambda each: abs(each[0] - share * len(paths)), reverse=True)
         self._unopened = [path for _, path in by_distance]
         self._parts: dict[str, list[_Part]] = {}
@@ -169,7 +169,7 @@ class TensorFiles:
         path = self._unopened.pop()
         try:
             file: Any = safe_open(path, framework="pt")
-            places = json.loads((file.metadata() or {}).get(SLICES, "{}"))
+            places = dict(json.loads((file.metadata() or {}).get(SLICES, "{}")))
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 stored = tuple(file.get_slice(name).get_shape())
                 start, *shape = (int(number) for number in places.get(name, [0, *stored]))
@@ -178,7 +178,7 @@ class TensorFiles:
                 if start < 0 or part.stop > math.prod(shape) or (parts and part.shape != parts[0].shape):
                     raise ValueError(f"elements {start} to {part.stop} of {name} of shape {part.shape}")
                 parts.append(part)
-        except (OSError, SafetensorError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"checkpoint {self.checkpoint}: {path.name} cannot be read ({error}); use an earlier checkpoint"
             ) from None

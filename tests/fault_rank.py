@@ -12,7 +12,7 @@ import torch
 from sparselt_dist.errors import DataError
 
 # rank, first micro-step, how many, and what: nan-loss | nan-gradient | slow | error; or in place of passes, at once:
-# unreadable (held-out rows) | stop (while shards are prepared)
+# unreadable (held-out rows) | stop (while shards are prepared); of all ranks: small-shares (of what all hold, in a checkpoint)
 FAULT = "SPARSELT_TESTS_FAULT"
 
 
@@ -40,11 +40,14 @@ def _stopped(*_: object) -> None:
 
 def plant() -> None:
     """Change the masked language model's loss where the environment says so; training passes alone are counted."""
-    from sparselt_dist import held_out
+    from sparselt_dist import held_out, tensor_files
     from sparselt_dist.data import preparation
     from sparselt_dist.objectives import mlm
 
     rank, first, count, kind = os.environ[FAULT].split(",")
+    if kind == "small-shares":
+        tensor_files.LEAST_SHARE_BYTES = 1
+        return
     if os.environ["RANK"] != rank:
         return
     if kind == "unreadable":

@@ -18,7 +18,6 @@ import torch
 from warm_rank import start_rank
 
 from sparselt_dist import checkpoint
-from sparselt_dist.tensor_files import TensorFiles
 
 MODEL = [
     "model.architecture=crammed-bert",
@@ -52,7 +51,7 @@ class Finished:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights and moments of the newest checkpoint."""
-        moments = TensorFiles(checkpoint.find(self.folder), "moments").read_all()
+        moments = checkpoint.open_tensors(checkpoint.find(self.folder), "moments").read_all()
         return {**self.weights(), **moments}
 
 

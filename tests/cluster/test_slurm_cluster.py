@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from main_job import journal_steps, main_job_arguments, summary
-from slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
+from slurm_cluster import FINAL_STATES, SlurmCluster, missing_programs, slurm_cluster
 
 from sparselt_dist import checkpoint
 from sparselt_dist.data.manifest import file_sha256
@@ -272,6 +272,9 @@ def what_was_trained(folder: Path) -> tuple[list[tuple[int, str, float]], str, l
     ]  # fmt: skip
 
 
+TWO_LIMITS_STEPS = 2000  # more than are taken in one minute
+
+
 @pytest.mark.slow
 def test_two_time_limits_change_no_bit(cluster: SlurmCluster, tmp_path: Path) -> None:
     """Time limit, requeue, time limit, requeue, finish: samples, losses and weights are those of an undisturbed run."""
@@ -279,12 +282,13 @@ def test_two_time_limits_change_no_bit(cluster: SlurmCluster, tmp_path: Path) ->
     for name in ("undisturbed", "disturbed"):
         folder = tmp_path / name
         folder.mkdir()
-        arguments = [*main_job_arguments(folder, 300), "log.batch_digest=true"]
+        arguments = [*main_job_arguments(folder, TWO_LIMITS_STEPS), "log.batch_digest=true"]
         limit = ["--time=1", "--signal=USR1@30"] if name == "disturbed" else []
         job = cluster.submit("--nodes=2", *limit, SCRIPT, *arguments, cwd=folder, env=SHELL)
         if limit:
             deadline = time.monotonic() + 400
-            while int(cluster.job(job)["Restarts"]) < 2:
+            while int((shown := cluster.job(job))["Restarts"]) < 2:
+                assert shown["JobState"] not in FINAL_STATES, "ended before its second time limit: give it more steps"
                 assert time.monotonic() < deadline, output(folder, job)
                 time.sleep(0.5)
             cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
@@ -293,7 +297,7 @@ def test_two_time_limits_change_no_bit(cluster: SlurmCluster, tmp_path: Path) ->
         assert int(ended["Restarts"]) >= (2 if limit else 0)
         trained[name] = what_was_trained(folder)
     steps, exported, weights = trained["disturbed"]
-    assert len(steps) == 300 and weights
+    assert len(steps) == TWO_LIMITS_STEPS and weights
     assert trained["undisturbed"] == (steps, exported, weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,29 @@ def test_continues_on_another_stage_and_number_of_ranks(shards: Path, tmp_path: 
     for mine, theirs in zip(other.journal, straight.journal[3:], strict=True):
         assert mine["batch_digest"] == theirs["batch_digest"]
         assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=2e-6)
+
+
+def test_weights_and_moments_pass_unchanged_through_every_stage_and_number_of_ranks(
+    shards: Path, tmp_path: Path
+) -> None:
+    """Nothing is trained after the first start: each other one loads, and saves in its own way."""
+    in_turns = tmp_path / "in_turns.json"
+    in_turns.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    ways = [(3, "train.zero_stage=1"), (2, "train.zero_stage=0"), (3, f"train.deepspeed_config={in_turns}")]
+    ways += [(2, "train.zero_stage=3"), (1, "train.zero_stage=1")]
+    source, expected = "", dict[str, torch.Tensor]()
+    for number, (ranks, way) in enumerate(ways):
+        plain = ("budget.max_steps=2", "train.global_batch_size=12", "train.micro_batch_size=2", way)
+        flags = ("--resume", source) if source else ()
+        run = run_ranks(ranks, shards, tmp_path / str(number), *plain, flags=flags, fault="0,0,0,small-shares")
+        assert run.code == 0, run.output
+        tensors, source = run.tensors(), str(run.folder)
+        expected = expected or tensors
+        assert tensors.keys() == expected.keys()
+        assert [name for name, value in expected.items() if not torch.equal(tensors[name], value)] == [], way
+        newest = checkpoint.find(run.folder)
+        for kind in ("weights", "moments"):
+            assert len(list(newest.glob(f"{kind}-*"))) == ranks
 
 
 @pytest.mark.slow

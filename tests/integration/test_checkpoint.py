@@ -19,7 +19,7 @@ from sparselt_dist.committing import Retention
 from sparselt_dist.distributed import Ranks
 from sparselt_dist.errors import CheckpointError
 from sparselt_dist.snapshot import Snapshot
-from sparselt_dist.tensor_files import cut
+from sparselt_dist.tensor_files import Slice, cut, write_slices
 
 ALONE = Ranks(0, 1, 0)
 
@@ -121,6 +121,15 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (path / "weights-00000.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="weights-00000"):
         checkpoint.find_intact(tmp_path)
+
+
+def test_files_of_another_save_in_the_folder_are_not_read(tmp_path: Path) -> None:
+    """As a copy in object storage has them, where more ranks saved the same step before."""
+    path = save(tmp_path, 1)
+    expected = checkpoint.load_weights(path)
+    write_slices([Slice("weight", (2, 3), 0, torch.full((4,), 9.0))], path / "weights-00001.safetensors")
+    found = checkpoint.load_weights(path)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_all_damaged_is_an_error_not_a_new_start(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from toy_run import LENGTH, make_data, markov_rows, toy_config, write_run, write_shards, write_tokenizer
+from toy_run import LENGTH, make_data, markov_rows, save_weights, toy_config, write_run, write_shards, write_tokenizer
 
 from sparselt_dist import typing as command
 from sparselt_dist.config import Config
@@ -51,8 +50,7 @@ def plant(model: PretrainingModel, folder: Path) -> None:
         if kind:
             scores_TK[place, kind] = SCORES[kind]
     model.objective.typer.classifier.weight.copy_((torch.linalg.pinv(hidden_TD) @ scores_TK).T)
-    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
-    save_file(weights, folder / "weights-00000.safetensors")
+    save_weights(model, folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from sparselt_dist.checkpoint import sha256
 from sparselt_dist.config import Config
 from sparselt_dist.config_loading import dump
 from sparselt_dist.data.corpora import Corpora, open_folder
@@ -103,6 +104,14 @@ def toy_config(root: Path, architecture: str = "crammed-bert", **model_fields: A
     )
 
 
+def save_weights(model: PretrainingModel, checkpoint: Path) -> None:
+    """Put the model's weights into a checkpoint, in place of those that are there."""
+    path, meta = checkpoint / "weights-00000.safetensors", json.loads((checkpoint / "meta.json").read_text())
+    save_file({name: value.detach().clone() for name, value in model.named_parameters()}, path)
+    meta["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+
+
 def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 32) -> tuple[Path, PretrainingModel]:
     """A run folder with one complete checkpoint of initial weights, the norms' moved; and the model in memory."""
     run_dir = Path(config.run.output_dir or "")
@@ -114,9 +123,6 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    save_file(
-        {name: value.detach().clone() for name, value in model.named_parameters()}, folder / "weights-00000.safetensors"
-    )
     meta = {
         "format": 1,  # whole tensors, as they were saved before they were cut
         "step": step,
@@ -130,6 +136,7 @@ def write_run(config: Config, root: Path, *, step: int = 7, run_id: str = "1" * 
     }
     (folder / "config.json").write_text(json.dumps(model.backbone.config.to_dict()))
     (folder / "meta.json").write_text(json.dumps(meta))
+    save_weights(model, folder)
     (folder / "COMPLETE").write_text(f"{step}\n")
     (run_dir / "run_id").write_text(run_id)
     write_copy(open_folder(root / "train").manifest, run_dir)

@@ -29,6 +29,10 @@ def save(folder: Path, world_size: int) -> None:
             write_slices(own, folder / f"weights-{rank:05d}.safetensors")
 
 
+def saved(folder: Path, share: float = 0.0) -> TensorFiles:
+    return TensorFiles(folder, sorted(path.name for path in folder.iterdir()), share)
+
+
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "LEAST_SHARE_BYTES", 1)
@@ -37,7 +41,7 @@ def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 2000])
 def test_what_ranks_save_is_read_whole(tmp_path: Path, world_size: int) -> None:
     save(tmp_path, world_size)
-    found = TensorFiles(tmp_path, "weights").read_all()
+    found = saved(tmp_path).read_all()
     assert found.keys() == {name for name, _ in TENSORS}
     assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in TENSORS)
 
@@ -48,7 +52,7 @@ def test_any_elements_are_read(tmp_path: Path, world_size: int) -> None:
     for share in (0.0, 0.4, 0.9):
         for start in range(33):
             for stop in range(start, 33):
-                found = TensorFiles(tmp_path, "weights", share).read_elements("counts", start, stop - start)
+                found = saved(tmp_path, share).read_elements("counts", start, stop - start)
                 assert found.tolist() == list(range(start, stop))
 
 
@@ -74,7 +78,7 @@ def test_few_bytes_are_shared_by_few_ranks_far_from_each_other(monkeypatch: pyte
 def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:
     save(tmp_path, 5)
     (tmp_path / "weights-00000.safetensors").write_bytes(b"not opened")
-    files = TensorFiles(tmp_path, "weights", 3 / 5)
+    files = saved(tmp_path, 3 / 5)
     (own, *_) = cut(TENSORS, 3, 5)
     assert torch.equal(files.read_elements(own.name, own.start, own.values.numel()), own.values)
     with pytest.raises(
@@ -86,24 +90,26 @@ def test_only_the_files_that_are_needed_are_opened(tmp_path: Path) -> None:
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, 3)
     with pytest.raises(CheckpointError, match="holds no 'other'; it belongs to another model"):
-        TensorFiles(tmp_path, "weights").read("other")
+        saved(tmp_path).read("other")
     with pytest.raises(CheckpointError, match=r"counts is \(33,\), expected 34 elements or more"):
-        TensorFiles(tmp_path, "weights").read_elements("counts", 30, 4)
+        saved(tmp_path).read_elements("counts", 30, 4)
     (tmp_path / "weights-00001.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds not all of table, elements 0 to 350 were expected"):
-        TensorFiles(tmp_path, "weights").read("table")
+        saved(tmp_path).read("table")
 
 
-@pytest.mark.parametrize("place", [[-1, 9], [8, 9], [0, 3], ["x", 9], [0.5], {}, 7])
-def test_places_that_make_no_sense_are_an_error(tmp_path: Path, place: object) -> None:
-    path = tmp_path / "weights-00000.safetensors"
-    save_file({"a": torch.zeros(4)}, path, {SLICES: json.dumps({"a": place})})
+PLACES = [[-1, 9], [8, 9], [0, 3], ["x", 9], [0.5], {}, 7, [0, float("inf")]]
+
+
+@pytest.mark.parametrize("header", [*({"a": place} for place in PLACES), [1], 7, "x"])
+def test_places_that_make_no_sense_are_an_error(tmp_path: Path, header: object) -> None:
+    save_file({"a": torch.zeros(4)}, tmp_path / "weights-00000.safetensors", {SLICES: json.dumps(header)})
     with pytest.raises(CheckpointError, match="cannot be read"):
-        TensorFiles(tmp_path, "weights").names()
+        saved(tmp_path).names()
 
 
 def test_parts_of_unlike_tensors_are_an_error(tmp_path: Path) -> None:
     for rank, shape in enumerate([(8,), (2, 4)]):
         write_slices([Slice("a", shape, 4 * rank, torch.zeros(4))], tmp_path / f"weights-{rank:05d}.safetensors")
     with pytest.raises(CheckpointError, match="elements 4 to 8 of a of shape"):
-        TensorFiles(tmp_path, "weights").read("a")
+        saved(tmp_path).read("a")
