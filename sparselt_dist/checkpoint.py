@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,10 +51,19 @@ def sha256(path: Path) -> str:
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Complete checkpoints of a run, oldest first.
+
+    Raises:
+        CheckpointError: the disk or its permissions do not let us see them, which must not look as if there were none.
+    """
     folder = run_dir / "checkpoints"
-    found = [path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / "COMPLETE").is_file()]
-    return sorted(found, key=step_of)
+    try:
+        found = [folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+        return sorted((path for path in found if (path / "COMPLETE").is_file()), key=step_of)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error}); mend its permissions or the disk") from None
 
 
 def find(path: Path) -> Path:
@@ -154,11 +164,11 @@ def _verify_file(checkpoint: Path, name: str, noted: dict[str, Any]) -> None:
 
 def is_intact(checkpoint: Path) -> bool:
     """Whether a checkpoint is complete and all of it as it was saved."""
-    if not (checkpoint / "COMPLETE").is_file():
-        return False
     try:
+        if not (checkpoint / "COMPLETE").is_file():
+            return False
         verify(checkpoint)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return False
     return True
 

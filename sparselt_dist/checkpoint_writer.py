@@ -220,6 +220,6 @@ class CheckpointWriter:
     def _commit(self, save: _Save) -> float:
         started = time.perf_counter()
         committing.commit(save.final, save.architecture, save.meta)
-        with contextlib.suppress(OSError):  # what could not be deleted now is deleted after the next
+        with contextlib.suppress(OSError, CheckpointError):  # what could not be deleted now is deleted after the next
             committing.rotate(self.run_dir, self.retention, self._on_commit(save.final))
         return time.perf_counter() - started

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparselt_dist.checkpoint import complete_checkpoints, complete_mark, sha256, step_of
+from sparselt_dist.checkpoint import complete_checkpoints, complete_mark, read_meta, sha256, step_of
 from sparselt_dist.errors import CheckpointError
 from sparselt_dist.tensor_files import Slice, write_slices
 
@@ -127,8 +127,9 @@ def discard(final: Path) -> None:
 
 
 def rotate(run_dir: Path, retention: Retention, spared: Collection[Path] = ()) -> None:
-    """Delete complete checkpoints that need not stay; one that cannot be deleted stays."""
-    for old in complete_checkpoints(run_dir)[: -retention.keep]:
+    """Delete complete checkpoints that need not stay; one that cannot be deleted stays, and so does one that cannot be read:
+    it may be a later version's, or what somebody wants to look at."""
+    for old in [path for path in complete_checkpoints(run_dir) if _is_readable(path)][: -retention.keep]:
         for_good = retention.every_steps is not None and step_of(old) % retention.every_steps == 0
         if for_good or old in spared:
             continue
@@ -136,6 +137,14 @@ def rotate(run_dir: Path, retention: Retention, spared: Collection[Path] = ()) -
         with contextlib.suppress(OSError):
             old.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
+
+
+def _is_readable(checkpoint: Path) -> bool:
+    try:
+        read_meta(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def clean_leftovers(run_dir: Path) -> list[str]:

@@ -68,8 +68,11 @@ class StepDraw:
         """The next micro-batches; fewer after a fault, which `agree` raises."""
         started = self._clock()
         with self._ledger.phase("data"):
+            drawn = []
             try:
-                drawn = [next(self._micro_batches) for _ in range(count)]
+                for _ in range(count):
+                    drawn.append(next(self._micro_batches))
+                    self._ledger.mark()  # shards that come over a network may take long, and are no hang
             except SparseltError as fault:
                 self._fault, drawn = fault, []
         if self.first_batch_seconds is None:

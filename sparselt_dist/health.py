@@ -25,6 +25,7 @@ OWN_WORK = ("data", "forward")
 SLOW_RANK, LEAST_SLOW_SECONDS = 1.5, 0.002  # times the median, and more than it
 LEAST_LEAK_GIB, LEAST_LEAK_SHARE, STEADY = 0.25, 0.1, 0.8
 LEAK_LOOKS, SPEED_LOOKS = 10, 5
+FIRST_LOOKS = 2  # fill caches
 SLOWER, RECOVERED = 1.5, 1.2  # times the best
 
 
@@ -42,6 +43,30 @@ def leak(gibs: Sequence[float]) -> float | None:
     rises = sum(later > earlier for earlier, later in itertools.pairwise(gibs))
     is_steady = rises >= STEADY * (len(gibs) - 1)
     return grown if is_steady and grown > max(LEAST_LEAK_GIB, LEAST_LEAK_SHARE * gibs[0]) else None
+
+
+class LeakWatch:
+    """A memory of each rank over a whole run: looks that lie further apart the longer it lasts."""
+
+    def __init__(self) -> None:
+        self._looks: list[Sequence[float]] = []
+        self._seen, self._every = 0, 1
+        self._told: set[int] = set()
+
+    def add(self, gibs: Sequence[float]) -> dict[int, float]:
+        """The ranks whose memory grows, and by how many GiB, where that is new."""
+        self._seen += 1
+        if self._seen <= FIRST_LOOKS or self._seen % self._every:
+            return {}
+        self._looks.append(gibs)
+        if len(self._looks) == 4 * LEAK_LOOKS:
+            self._looks, self._every = self._looks[::2], 2 * self._every
+        grown = {
+            rank: leak([look[rank] for look in self._looks]) for rank in range(len(gibs)) if rank not in self._told
+        }
+        found = {rank: gib for rank, gib in grown.items() if gib is not None}
+        self._told |= found.keys()
+        return found
 
 
 class SpeedWatch:
@@ -81,11 +106,10 @@ class Health:
         self._pause = FIRST_SECONDS
         self._due = progress.seconds + FIRST_SECONDS
         self._before = (progress.step, progress.tokens, ledger.seconds())
-        self._memory: list[list[float]] = []  # of each look, by rank
+        self._memory = {kind: LeakWatch() for kind in memory_gibs(device)}
         self._speed = SpeedWatch()
         self._slow: set[int] = set()
         self._told_slow: set[int] = set()
-        self._told_leaks: set[int] = set()
 
     def look(self, progress: Progress, *, now: bool = False) -> None:
         """Compare the ranks if it is time; all ranks call it together, with the same progress."""
@@ -100,12 +124,14 @@ class Health:
             return
         spent = {phase: (seconds[phase] - before[phase]) / taken for phase in seconds}
         training = sum(spent[phase] for phase in (*OWN_WORK, "backward", "optimizer", "communication")) * taken
-        own = [*(spent[phase] for phase in OWN_WORK), _memory_gib(self._device)]
-        rows = distributed.gather_objects(own, self._ranks)
-        self.step_share = {phase: [row[place] for row in rows] for place, phase in enumerate(OWN_WORK)}
-        self.step_seconds = [sum(row[:-1]) for row in rows]
+        own = [spent[phase] for phase in OWN_WORK]
+        rows = distributed.gather_objects((own, list(memory_gibs(self._device).values())), self._ranks)
+        self.step_share = {phase: [work[place] for work, _ in rows] for place, phase in enumerate(OWN_WORK)}
+        self.step_seconds = [sum(work) for work, _ in rows]
         self._compare()
-        self._look_for_leaks([row[-1] for row in rows])
+        for place, (kind, watch) in enumerate(self._memory.items()):
+            for rank, grown in watch.add([gibs[place] for _, gibs in rows]).items():
+                self._say(f"rank {rank}: {kind} grows: {grown:.2f} GiB more than at first")
         if (drift := self._speed.add(training / max(progress.tokens - tokens, 1))) is not None:
             self._say(f"step {progress.step}: a token takes {drift:.1f} times as long as at the run's best; see perf/*")
 
@@ -129,19 +155,17 @@ class Health:
         self._told_slow = (self._told_slow | set(new)) & found
         self._slow = found
 
-    def _look_for_leaks(self, gibs: list[float]) -> None:
-        self._memory = [*self._memory, gibs][-4 * LEAK_LOOKS :]
-        for rank in set(range(len(gibs))) - self._told_leaks:
-            grown = leak([look[rank] for look in self._memory[2:]])  # the first ones fill caches
-            if grown is not None:
-                self._told_leaks.add(rank)
-                self._say(f"rank {rank}: memory grows: {grown:.2f} GiB more since {len(self._memory) - 2} looks ago")
+
+def memory_gibs(device: torch.device) -> dict[str, float]:
+    """What this rank and its loader processes hold of the host's memory, mapped files left out; on a GPU what it reserved too."""
+    own = psutil.Process()
+    held = {"memory": sum(_anonymous_gib(process) for process in (own, *own.children(recursive=True)))}
+    return held | ({"device memory": torch.cuda.memory_reserved(device) / 2**30} if device.type == "cuda" else {})
 
 
-def _memory_gib(device: torch.device) -> float:
-    """Of the device, reserved; on a CPU what the process holds itself, mapped files left out."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / 2**30
+def _anonymous_gib(process: psutil.Process) -> float:
     with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**30
+        return int(Path(f"/proc/{process.pid}/status").read_text().split("RssAnon:")[1].split()[0]) / 2**20
+    with contextlib.suppress(psutil.Error):
+        return float(process.memory_info().rss) / 2**30
+    return 0.0  # it has ended

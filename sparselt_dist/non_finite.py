@@ -169,8 +169,8 @@ class NonFinite:
             return
         again = "" if train.on_non_finite == "stop" else f", {self.progress.discarded_in_a_row} steps in a row"
         error = NonFiniteError(
-            f"{found}{again}. Lower optim.peak_lr, look at the samples with `sparselt shards inspect`, or go on without "
-            "such steps by train.on_non_finite=skip"
+            f"{found}{again}. Lower optim.peak_lr, look at that batch (docs/operations.md says how), or go on without such "
+            "steps by train.on_non_finite=skip"
         )
         error.silent = not self.ranks.is_main
         raise error

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +46,9 @@ from sparselt_dist.watchdog import Watchdog
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
+LOCK_SECONDS = (
+    120.0  # how long a requeued job waits for the folder: some file servers keep a lost host's lock for minutes
+)
 
 
 def _settled(
@@ -84,6 +87,7 @@ class Run:
         self.data = data
         self.ranks = ranks
         self.engine = engine
+        self.stop_flag = stop_flag
         self.console = console
         self.ledger = ledger
         self.dir = Path(plan.output_dir)
@@ -112,6 +116,7 @@ class Run:
             journal=self.journal,
             say=self.complain,
         )
+        distributed.on_main(ranks, self.saving.check_room)
         self.health = Health(ranks, engine.device, ledger, start.progress, console.message)
         self.outcome: Outcome = "failed"
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
@@ -175,7 +180,7 @@ class Run:
             self._tell(self.profile.finish(self.ledger.seconds()) if self.profile is not None else None)
         self.health.look(self.trainer.progress, now=True)
         if outcome == "finished":
-            self._finish()
+            outcome = self._finish()
         memory = torch.tensor([peak_memory_gib()], dtype=torch.float64, device=self.engine.device)
         self.peak_memory_gib = float(distributed.reduce_sum(memory))
         return outcome
@@ -264,17 +269,38 @@ class Run:
         """A warning of this rank, such as a bad shard that is left out."""
         print(f"rank {self.ranks.rank}: warning: {text}", file=sys.stderr, flush=True)
 
-    def _finish(self) -> None:
-        """After the budget: last checkpoint and held-out loss, which belong to it; yardsticks and export, which do not.
+    def _finish(self) -> Outcome:
+        """After the budget: last checkpoint and held-out loss, which belong to it; yardsticks and export, which do not, and
+        which a stop leaves to the next start.
 
         The last line gets all figures, the first of them at once.
         """
         line = {"step": self.trainer.progress.step, **self.trainer.land()}
         self.trainer.log(line, more_to_come=True)  # the journal joins lines of one step
         distributed.on_main(self.ranks, lambda: self.journal.sync() if self.journal is not None else None)
-        line.update(distributed.on_main(self.ranks, self._yardsticks))
-        distributed.on_main(self.ranks, lambda: self._export({**self.last_values, **line}))
+        for work in (self._yardsticks, lambda: self._export({**self.last_values, **line})):
+            figures = self._unless_stopped(work)
+            if figures is None:
+                self.console.message("stopped after the budget was spent; the same command does what is left")
+                return "stopped"
+            line.update(figures)
         self.trainer.log(line)
+        return "finished"
+
+    def _unless_stopped(self, work: Callable[[], dict[str, float]]) -> dict[str, float] | None:
+        """What rank 0 makes of its work; None where a stop was asked of any rank before, or of rank 0 meanwhile."""
+        asked = torch.tensor([float(self.stop_flag.is_set)], device=self.engine.device)
+        if distributed.reduce_sum(asked).item():
+            return None
+
+        def broken_off() -> dict[str, float] | None:
+            try:
+                with self.stop_flag.interrupting():
+                    return work()
+            except KeyboardInterrupt:
+                return None
+
+        return distributed.on_main(self.ranks, broken_off)
 
     def _yardsticks(self) -> dict[str, float]:
         from sparselt_dist.evaluation.yardsticks import run_yardsticks
@@ -293,11 +319,12 @@ class Run:
                 device=self.engine.device,
             )
 
-    def _export(self, metrics: dict[str, Any]) -> None:
+    def _export(self, metrics: dict[str, Any]) -> dict[str, float]:
         from sparselt_dist.models.exporting import export_checkpoint
 
         with self.ledger.phase("export"):
             export_checkpoint(self.saving.newest or self.dir, self.dir / "model", metrics=metrics)
+        return {}
 
 
 def _start_follower(config: Config, run_dir: Path, ranks: distributed.Ranks) -> subprocess.Popen[bytes] | None:
@@ -392,7 +419,10 @@ def _watched(
     preflight.check(config, run_dir, opened, ranks, device, console.message)
     config = _settled(config, data, start, ranks, device, console)
     plan = make_plan(config, ranks.world_size)
-    claim = distributed.agreed(ranks, lambda: run_folder.lock(run_dir, console.message) if ranks.is_main else None)
+    patience = LOCK_SECONDS if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
+    claim = distributed.agreed(
+        ranks, lambda: run_folder.lock(run_dir, console.message, patience) if ranks.is_main else None
+    )
     rank_log.open_in(run_dir)
     rank_log.at_step(start.progress.step)
     ledger.restore(start.ledger_seconds)

@@ -139,23 +139,30 @@ def copy_tokenizer(source: Path, run_dir: Path) -> None:
     staging.rename(target)
 
 
-def lock(run_dir: Path, warn: Callable[[str], None]) -> IO[str]:
+def lock(run_dir: Path, warn: Callable[[str], None], patience: float = 0.0) -> IO[str]:
     """Claim the folder for this process as long as the returned file is open; on a file system without locks, only warn.
+
+    Args:
+        patience: seconds to wait for one that has it: the lock of a lost host may outlive it on a file server.
 
     Raises:
         CheckpointError: another process trains in it.
     """
-    file = (run_dir / ".lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise CheckpointError(
-            f"run.output_dir: another process trains in {run_dir}; wait for it, stop it, or choose another folder"
-        ) from None
-    except OSError as error:
-        warn(f"warning: {run_dir} cannot be claimed ({error.strerror}): see that no other run uses it")
-    return file
+    file, deadline = (run_dir / ".lock").open("a"), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() < deadline:
+                time.sleep(1.0)
+                continue
+            file.close()
+            raise CheckpointError(
+                f"run.output_dir: another process trains in {run_dir}; wait for it, stop it, or choose another folder"
+            ) from None
+        except OSError as error:
+            warn(f"warning: {run_dir} cannot be claimed ({error.strerror}): see that no other run uses it")
+        return file
 
 
 def environment(profile: str, data_sha256: str, world_size: int, device: str) -> dict[str, Any]:

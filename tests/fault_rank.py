@@ -12,7 +12,8 @@ import torch
 from sparselt_dist.errors import DataError
 
 # rank, first micro-step, how many, and what: nan-loss | nan-gradient | slow | error; or in place of passes, at once:
-# unreadable (held-out rows) | stop (while shards are prepared); of all ranks: small-shares (of what all hold, in a checkpoint)
+# unreadable (held-out rows) | stop (while shards are prepared) | late-stop (in the yardsticks); of all ranks: small-shares (of
+# what all hold, in a checkpoint)
 FAULT = "SPARSELT_TESTS_FAULT"
 
 
@@ -40,7 +41,7 @@ def _stopped(*_: object) -> None:
 
 def plant() -> None:
     """Change the masked language model's loss where the environment says so; training passes alone are counted."""
-    from sparselt_dist import held_out, tensor_files
+    from sparselt_dist import held_out, run, tensor_files
     from sparselt_dist.data import preparation
     from sparselt_dist.objectives import mlm
 
@@ -54,6 +55,8 @@ def plant() -> None:
         held_out.evaluation_batches = _unreadable  # type: ignore[assignment]
     if kind == "stop":
         preparation.prepare = _stopped  # type: ignore[assignment]
+    if kind == "late-stop":
+        run.Run._yardsticks = _stopped  # type: ignore[method-assign, assignment]
     of_model = mlm.MLMModule.forward
     passes: dict[str, object] = {"seen": -1, "batch": None}
 

@@ -95,3 +95,14 @@ def test_a_stop_breaks_off_the_preparation_of_shards(shards: Path, tmp_path: Pat
     run = run_ranks(2, shards, tmp_path / "run", "data.train=null", "data.validation=null", fault="0,0,0,stop")
     assert run.codes == (75, 75), run.output
     assert "stopped while the shards were prepared" in run.output
+
+
+def test_a_stop_after_the_budget_leaves_the_rest_to_the_next_start(shards: Path, tmp_path: Path) -> None:
+    options = ("budget.max_steps=3", "train.yardsticks=true")
+    stopped = run_ranks(2, shards, tmp_path / "run", *options, fault="0,0,0,late-stop")
+    assert stopped.codes == (75, 75) and stopped.summary["status"] == "stopped", stopped.output
+    assert "stopped after the budget was spent" in stopped.output and not (stopped.folder / "model").exists()
+    again = run_ranks(2, shards, stopped.folder, *options)
+    assert (again.code, again.summary["status"]) == (0, "finished"), again.output
+    assert [line["step"] for line in again.journal] == [1, 2, 3] and (again.folder / "model").exists()
+    assert "yardstick/masked_ce" in again.journal[-1]

@@ -123,6 +123,31 @@ def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
         checkpoint.find_intact(tmp_path)
 
 
+def test_a_checkpoint_of_a_later_version_is_not_deleted(tmp_path: Path) -> None:
+    later = save(tmp_path, 1) / "meta.json"
+    later.write_text(json.dumps(json.loads(later.read_text()) | {"format": checkpoint.FORMAT + 1}))
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    assert [checkpoint.step_of(path) for path in checkpoint.complete_checkpoints(tmp_path)] == [1, 3, 4]
+
+
+def test_checkpoints_that_cannot_be_seen_are_an_error_and_not_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = save(tmp_path, 1)
+
+    def refuse(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint.os, "listdir", refuse)  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"Permission denied.*mend its permissions"):
+        checkpoint.newest_intact(tmp_path, pytest.fail)
+    said: list[str] = []
+    writer(tmp_path, said=said).finish(contents(2))  # what cannot be rotated stays
+    monkeypatch.undo()
+    assert checkpoint.complete_checkpoints(tmp_path) == [saved, saved.with_name("step_00000002")] and said == []
+
+
 def test_files_of_another_save_in_the_folder_are_not_read(tmp_path: Path) -> None:
     """As a copy in object storage has them, where more ranks saved the same step before."""
     path = save(tmp_path, 1)
