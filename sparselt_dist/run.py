@@ -22,8 +22,9 @@ from sparselt_dist.config import Config
 from sparselt_dist.data.loader import Loader
 from sparselt_dist.device import check_precision
 from sparselt_dist.engine_start import build_engine, restore_rank
+from sparselt_dist.errors import ConfigError
 from sparselt_dist.expected_curve import ExpectedCurve
-from sparselt_dist.follower import mlflow_identity, start_follower, wait_follower
+from sparselt_dist.follower import mlflow_identity, read_json, start_follower, wait_follower
 from sparselt_dist.health import Health
 from sparselt_dist.journal import Journal
 from sparselt_dist.launcher_watch import Launcher
@@ -423,6 +424,7 @@ def _watched(
     claim = distributed.agreed(
         ranks, lambda: run_folder.lock(run_dir, console.message, patience) if ranks.is_main else None
     )
+    before = distributed.on_main(ranks, lambda: read_json(run_dir / "summary.json"))  # of the start before
     rank_log.open_in(run_dir)
     rank_log.at_step(start.progress.step)
     ledger.restore(start.ledger_seconds)
@@ -430,6 +432,7 @@ def _watched(
     follower = _start_follower(config, run_dir, ranks)
     status: Outcome = "failed"
     run: Run | None = None
+    is_fruitless = False
     setting = make_setting(config, data.train, data.tokenizer, device, max_prelude_seconds)
 
     def begun(start: Start) -> Run:
@@ -459,7 +462,8 @@ def _watched(
             run.trainer.progress.seconds += time.monotonic() - since
         status = run.outcome
     except PreludeStopped:
-        status = "stopped"
+        is_fruitless = (before.get("status"), before.get("steps")) == ("stopped", 0) and start.checkpoint is None
+        status = "failed" if is_fruitless else "stopped"
         console.message("stopped before the first step; the same command begins anew")
     except BaseException as error:
         explained = watchdog.explained(error)
@@ -470,4 +474,11 @@ def _watched(
         raise explained from None
     console.close()
     distributed.agreed(ranks, lambda: _close(run, run_dir, ranks, status, follower))
+    if is_fruitless:  # else a job that is requeued would do the same for ever
+        fruitless = ConfigError(
+            f"{run_dir}: two starts in a row were stopped before the first step, and what objective "
+            f"{config.objective.name} does before it begins anew each time; give a start more time, or it less to do"
+        )
+        fruitless.silent = not ranks.is_main
+        raise fruitless
     return claim, status

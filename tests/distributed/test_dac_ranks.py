@@ -111,8 +111,24 @@ def test_the_exported_model_is_folded(two: Finished) -> None:
 
 def test_a_stop_of_any_rank_ends_stage_1_and_leaves_nothing(agreeing: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    codes, outputs = stopped_in_stage_1(agreeing, folder)
+    assert codes == [75, 75], outputs
+    assert checkpoint.complete_checkpoints(folder) == []
+    assert "stopped before the first step" in outputs
+    assert Finished(75, "", folder).summary["status"] == "stopped"
+    assert Finished(75, "", folder).journal == []
+
+    codes, outputs = stopped_in_stage_1(
+        agreeing, folder
+    )  # as a job that is requeued with a time limit that is too short
+    assert codes == [2, 2] and outputs.count("two starts in a row were stopped before the first step") == 1, outputs
+
+
+def stopped_in_stage_1(shards: Path, folder: Path) -> tuple[list[int], str]:
+    """Codes and outputs of two ranks of which one got SIGUSR1 in an endless stage 1; they must end soon."""
     endless = ("objective.stage1_max_passes=1000000", "objective.stage1_max_minutes=4")
-    command = [sys.executable, "-m", "sparselt_dist.pretrain", *pretrain_arguments(agreeing, folder, *RUN, *endless)]
+    command = [sys.executable, "-m", "sparselt_dist.pretrain", *pretrain_arguments(shards, folder, *RUN, *endless)]
+    (folder / "data_manifest.json").unlink(missing_ok=True)
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -137,12 +153,8 @@ def test_a_stop_of_any_rank_ends_stage_1_and_leaves_nothing(agreeing: Path, tmp_
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [75, 75], outputs
     assert time.monotonic() - sent < 20
-    assert checkpoint.complete_checkpoints(folder) == []
-    assert "stopped before the first step" in "".join(outputs)
-    assert Finished(75, "", folder).summary["status"] == "stopped"
-    assert Finished(75, "", folder).journal == []
+    return [process.returncode for process in processes], "".join(outputs)
 
 
 @pytest.mark.slow
