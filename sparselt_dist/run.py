@@ -424,7 +424,7 @@ def _watched(
     claim = distributed.agreed(
         ranks, lambda: run_folder.lock(run_dir, console.message, patience) if ranks.is_main else None
     )
-    before = distributed.on_main(ranks, lambda: read_json(run_dir / "summary.json"))  # of the start before
+    ended = distributed.on_main(ranks, lambda: read_json(run_dir / "summary.json"))  # how the start before did
     rank_log.open_in(run_dir)
     rank_log.at_step(start.progress.step)
     ledger.restore(start.ledger_seconds)
@@ -462,7 +462,7 @@ def _watched(
             run.trainer.progress.seconds += time.monotonic() - since
         status = run.outcome
     except PreludeStopped:
-        is_fruitless = (before.get("status"), before.get("steps")) == ("stopped", 0) and start.checkpoint is None
+        is_fruitless = (ended.get("status"), ended.get("steps")) == ("stopped", 0) and start.checkpoint is None
         status = "failed" if is_fruitless else "stopped"
         console.message("stopped before the first step; the same command begins anew")
     except BaseException as error:
