@@ -71,6 +71,14 @@ def test_a_full_disk_stops_no_run_but_the_last_save_must_be(
         assert "No space left" in told[0]["checkpoint/error"] and told[-1]["checkpoint/failures"] >= 1
 
 
+def test_a_disk_that_takes_no_checkpoint_is_told_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 8) as disk:
+        run = run_ranks(1, shards, disk / "run", "budget.max_steps=2", "model.config.hidden_size=512")
+        assert run.code == 2 and "Traceback" not in run.output, run.output
+        assert "are free at" in run.output and "a checkpoint takes" in run.output
+        assert run.journal == []
+
+
 @pytest.mark.parametrize("asynchronous", ["true", slow("false")])
 def test_a_run_saves_from_a_scratch_disk_and_copies_to_object_storage(
     shards: Path, tmp_path: Path, s3_process: S3Server, monkeypatch: pytest.MonkeyPatch, asynchronous: str
