@@ -123,30 +123,30 @@ if [[ ${container[0]:-} == --* ]]; then
     container=()
 fi
 
-# A notice that comes before a rank can take it is held until then, not fatal (coreutils 8.31 and later).
-hold=()
-if env --block-signal=USR1 true 2>/dev/null; then
-    hold=(env --block-signal=USR1)
-fi
+# A notice that comes before a rank can take it is held until then, not fatal (coreutils 8.31 and later). Asked where the
+# rank starts: with Pyxis that is in the container, whose programs may be others than this node's.
+# shellcheck disable=SC2016 # expanded by each task
+hold=(sh -c 'env --block-signal=USR1 true 2>/dev/null && exec env --block-signal=USR1 "$@"; exec "$@"' sh)
 
-# Slurm signals the ranks itself. Where it signals only this shell (--signal=B:...), srun hands it on. A TERM means
-# scancel, preemption or the end of the time limit: then whether the job runs again is not for us to say.
-step='' signalled=0 terminated=0
-# shellcheck disable=SC2317 # called by traps
+# Slurm signals the ranks itself. Where it signals only this shell (--signal=B:..., scancel --batch), srun hands it on,
+# always as USR1: a TERM would make it kill them.
+step='' signalled=0
+# shellcheck disable=SC2317 # called by a trap
 forward() {
     signalled=1
-    if [[ $1 == TERM ]]; then terminated=1; fi
-    if [[ -n $step ]]; then kill -s "$1" "$step" 2>/dev/null; fi
+    if [[ -n $step ]]; then kill -s USR1 "$step" 2>/dev/null; fi
 }
-trap 'forward USR1' USR1
-trap 'forward TERM' TERM
+trap forward USR1 TERM
 
 if ((${SLURM_RESTART_COUNT:-0} > 0)); then
     arguments+=(--resume auto) # whatever the first start was told, a later one continues it
 fi
 
+# Left by another launcher in the shell that submits, they would hide the places that Slurm gives the ranks.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE
+
 export PYTHONUNBUFFERED=1
-srun "${options[@]}" ${hold[@]+"${hold[@]}"} ${container[@]+"${container[@]}"} \
+srun "${options[@]}" "${hold[@]}" ${container[@]+"${container[@]}"} \
     "$python" -m sparselt_dist.pretrain ${arguments[@]+"${arguments[@]}"} &
 step=$!
 
@@ -157,11 +157,17 @@ while :; do # a signal ends the wait, not the step
     ((signalled)) || break
 done
 
-if ((code == 75 && !terminated)); then
-    job=$SLURM_JOB_ID
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
-        job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
-    fi
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
+fi
+
+# Cancelled, preempted, or at the end of its time limit: whether it runs again is then not for us to say.
+ending() {
+    [[ $(scontrol show job "$job" 2>/dev/null) =~ JobState=(COMPLETING|CANCELLED|TIMEOUT|PREEMPTED) ]]
+}
+
+if ((code == 75)) && ! ending; then
     if scontrol requeue "$job"; then
         echo "job $job: stopped after a checkpoint and requeued; it continues at the next start"
         exit 0

@@ -185,6 +185,18 @@ def test_a_notice_is_saved_requeued_and_continued(
     assert "requeued" in shown
 
 
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_notice_to_the_batch_shell_alone_is_one_to_all(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    job = cluster.submit("--nodes=2", SCRIPT, cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "started_0", tmp_path / "started_1"])
+    cluster.run("scancel", "--batch", f"--signal={name}", job)
+    ended = cluster.wait(job, 90)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output(tmp_path, job)
+    assert [(tmp_path / f"checkpoint_{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
+
+
 def test_a_notice_before_the_ranks_can_take_it_is_not_lost(
     cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path
 ) -> None:
