@@ -139,6 +139,34 @@ def test_a_container_with_an_old_env_starts_without_the_hold(tmp_path: Path, env
     assert shown == ("held\n" if env_code == "0" else "") + "-m sparselt_dist.pretrain run.name=a b\n"
 
 
+def sweep(folder: Path, text: str, task: int, *arguments: str) -> Job:
+    return run_job(folder, *arguments, SWEEP=text, SLURM_ARRAY_JOB_ID="120", SLURM_ARRAY_TASK_ID=str(task))
+
+
+@pytest.mark.parametrize(("task", "label"), [(0, "0.1-_1_12_"), (1, "0.1-_11_2_")])
+def test_combinations_that_differ_in_signs_have_folders_of_their_own(tmp_path: Path, task: int, label: str) -> None:
+    job = sweep(tmp_path, "optim.peak_lr=0.1; data.mixture=[1,12]|[11,2]", task, "--config", "with_a_folder.yaml")
+    assert job.end() == 0
+    assert job.lines("srun.arguments")[-2:] == [f"run.name=sweep-{label}", f"run.output_dir=runs/sweep-{label}"]
+
+
+def test_a_folder_that_was_given_is_that_of_no_two_tasks(tmp_path: Path) -> None:
+    job = sweep(tmp_path, "run.seed=1|2", 1, "run.name=both", "run.output_dir=/scratch/both/")
+    assert job.end() == 0
+    assert job.lines("srun.arguments")[-3:] == ["run.seed=2", "run.name=both-2", "run.output_dir=/scratch/both-2"]
+
+
+@pytest.mark.parametrize("text", ["objective.name=a+b|a/b", "run.seed=1|1", "a=x|x-y; b=y-z|z"])
+@pytest.mark.parametrize("task", [0, 3])
+def test_combinations_of_one_folder_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, task: int
+) -> None:
+    job = sweep(tmp_path, text, task)
+    assert job.end() == 2 and not job.lines("srun.arguments")
+    message = capfd.readouterr().err
+    assert message.count("error: ") == 1 and "would share a folder" in message
+
+
 def test_gpus_that_lie_unevenly_are_refused(tmp_path: Path) -> None:
     job = run_job(tmp_path, SLURM_GPUS_ON_NODE="8", SLURM_GPUS="a100:12")
     assert job.end() != 0 and not job.lines("srun.arguments")
