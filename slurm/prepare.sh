@@ -10,8 +10,10 @@
 #   sbatch --array=0-15 --cpus-per-task=8 slurm/prepare.sh prepare.source=texts/ prepare.output_dir=shards/mine
 #
 # Submit from a shell whose `python` has sparselt_dist installed. A job on several nodes starts one process, a part of the
-# work, on each (or one for each task that is asked for); of an array each task is a part, and starts when it may: the
-# others wait --wait-minutes for it (30 if not given). A job that was killed, requeued or submitted again continues.
+# work, on each (or one for each task that is asked for); of an array each task is a part. Parts wait for each other at every
+# stage, --wait-minutes (30 if not given) for one that has not started: so all tasks of an array must find room at once, and
+# %N is refused. Ask for no more than are sure to run together; a job on several nodes starts only when all are free. A job
+# that was killed, requeued or submitted again continues.
 
 set -uo pipefail
 
@@ -28,6 +30,13 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     # shellcheck disable=SC2153 # Slurm sets them
     if ((SLURM_ARRAY_TASK_MAX - SLURM_ARRAY_TASK_MIN + 1 != SLURM_ARRAY_TASK_COUNT)); then
         echo "error: --array: found task numbers with gaps, expected consecutive ones, such as --array=0-15" >&2
+        exit 2
+    fi
+    throttle=$(scontrol show job "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" | grep -o 'ArrayTaskThrottle=[0-9]*')
+    throttle=${throttle#*=}
+    if ((${throttle:-0} > 0 && throttle < SLURM_ARRAY_TASK_COUNT)); then
+        echo "error: --array: found %$throttle, but tasks wait for each other, so all must run at once; leave it out, or" \
+            "make an array of $throttle tasks" >&2
         exit 2
     fi
     part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))/$SLURM_ARRAY_TASK_COUNT

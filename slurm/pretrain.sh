@@ -7,19 +7,22 @@
 # Pretrain on one or several nodes:
 #
 #   sbatch [options of sbatch] slurm/pretrain.sh [arguments of pretrain]
-#   sbatch --nodes=2 --gpus-per-node=8 --time=24:00:00 slurm/pretrain.sh --config base run.name=first
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-gpu=8 --time=24:00:00 slurm/pretrain.sh --config base run.name=first
 #
 # Submit from a shell whose `python` has sparselt_dist installed. One process starts for each GPU, or for each task where
-# the job has no GPUs. Two minutes before the time limit Slurm tells every rank; they save a checkpoint and end with code
-# 75, this script requeues the job, and its next start continues the same run folder. Every other exit code is the job's.
+# the job has no GPUs. Without --cpus-per-gpu, --cpus-per-task or --exclusive many clusters give all processes of a node one
+# core. Two minutes before the time limit Slurm tells every rank; they save a checkpoint and end with code 75, this script
+# requeues the job, and its next start continues the same run folder. Every other exit code is the job's.
 #
-# A sweep: SWEEP names keys and their values, and each task of an array is one combination, in a run folder of its own:
+# A sweep: SWEEP names keys and their values, and each task of an array is one combination, in a run folder of its own. Its
+# name is that of run.name or run.output_dir here, never in a file, with the values behind it:
 #
-#   SWEEP='objective.name=mlm|cwt; run.seed=1|2|3' sbatch --array=0-5 slurm/pretrain.sh --config base run.name=both
+#   export SWEEP='objective.name=mlm|cwt; run.seed=1|2|3'
+#   sbatch --array=0-5 --gpus=1 --cpus-per-gpu=8 slurm/pretrain.sh --config base run.name=both
 #
 # Inside a container: CONTAINER is a command that runs another one in it, or options of srun (Pyxis):
 #
-#   CONTAINER='apptainer exec --nv sparselt_dist.sif' sbatch --gpus-per-node=8 slurm/pretrain.sh --config base
+#   CONTAINER='apptainer exec --nv sparselt_dist.sif' sbatch --gpus-per-node=8 --exclusive slurm/pretrain.sh --config base
 #   CONTAINER='--container-image=sparselt_dist:cuda --container-mounts=/data' sbatch ... slurm/pretrain.sh --config base
 
 set -uo pipefail
@@ -31,10 +34,10 @@ fail() {
     exit 2
 }
 
+# Sets the variable that is named to a text without the blanks around it.
 trim() {
-    local text=$1
-    text=${text#"${text%%[![:space:]]*}"}
-    printf '%s' "${text%"${text##*[![:space:]]}"}"
+    local bare=${2#"${2%%[![:space:]]*}"}
+    printf -v "$1" '%s' "${bare%"${bare##*[![:space:]]}"}"
 }
 
 # In a container `python` is the container's own.
@@ -49,35 +52,54 @@ fi
 
 arguments=("$@")
 
+# Sets `overrides` and `label` to those of a combination, by its number; fails for a number beyond the last.
+combine() {
+    local axis value rest=$1
+    local -a values
+    overrides=() label=''
+    for ((axis = ${#keys[@]} - 1; axis >= 0; axis--)); do
+        IFS='|' read -ra values <<<"${choices[axis]}"
+        trim value "${values[rest % ${#values[@]}]}"
+        rest=$((rest / ${#values[@]}))
+        overrides=("${keys[axis]}=$value" ${overrides[@]+"${overrides[@]}"})
+        label=${value//[^[:alnum:]._-]/_}${label:+-$label}
+    done
+    ((rest == 0))
+}
+
 # The array's task number counts through the combinations of SWEEP, the last key fastest.
 if [[ -n ${SWEEP:-} ]]; then
     [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "SWEEP is set for a job that is no array; submit with --array=0-N"
     IFS=';' read -ra axes <<<"${SWEEP//$'\n'/;}"
-    overrides=() label='' combinations=1 rest=$SLURM_ARRAY_TASK_ID
-    for ((axis = ${#axes[@]} - 1; axis >= 0; axis--)); do
-        text=$(trim "${axes[axis]}")
+    keys=() choices=()
+    for axis in "${axes[@]}"; do
+        trim text "$axis"
         [[ -n $text ]] || continue
-        [[ $text == *=* ]] || fail "SWEEP: found '$text', expected key=VALUE|VALUE, separated by ';'"
-        IFS='|' read -ra values <<<"${text#*=}"
-        value=$(trim "${values[rest % ${#values[@]}]}")
-        rest=$((rest / ${#values[@]}))
-        combinations=$((combinations * ${#values[@]}))
-        overrides=("${text%%=*}=$value" ${overrides[@]+"${overrides[@]}"})
-        word=${value//[^[:alnum:]._-]/}
-        label=$word${label:+-$label}
+        [[ $text == *=?* ]] || fail "SWEEP: found '$text', expected key=VALUE|VALUE, separated by ';'"
+        keys+=("${text%%=*}") choices+=("${text#*=}")
     done
-    ((rest == 0)) ||
-        fail "--array: found task $SLURM_ARRAY_TASK_ID, expected 0-$((combinations - 1)): SWEEP has $combinations combinations"
-    # Runs must not meet in one folder: name and folder that were given get the combination's values behind them.
-    name=sweep
-    for ((number = 0; number < ${#arguments[@]}; number++)); do
-        case ${arguments[number]} in
-        run.name=*) name=${arguments[number]#*=} ;;
-        run.output_dir=*) arguments[number]=${arguments[number]%/}-$label ;;
+    declare -A numbers=()
+    for ((number = 0; ; number++)); do
+        combine "$number" || break
+        twin=${numbers[x$label]:-}
+        [[ -z $twin ]] ||
+            fail "SWEEP: tasks $twin and $number would share a folder, NAME-$label; expected values that differ in letters or digits"
+        numbers[x$label]=$number
+    done
+    combine "$SLURM_ARRAY_TASK_ID" ||
+        fail "--array: found task $SLURM_ARRAY_TASK_ID, expected 0-$((number - 1)): SWEEP has $number combinations"
+    # Runs must not meet in one folder: name and folder that were given get the combination's values behind them. A folder
+    # in a configuration file would be that of all, so it is always named here.
+    name=sweep folder=
+    for argument in ${arguments[@]+"${arguments[@]}"}; do
+        case $argument in
+        run.name=*) name=${argument#*=} ;;
+        run.output_dir=*) folder=${argument#*=} ;;
         esac
     done
-    arguments+=("${overrides[@]}" "run.name=$name-$label")
-    echo "job $SLURM_JOB_ID: task $SLURM_ARRAY_TASK_ID of the sweep: ${overrides[*]}"
+    name=$name-$label folder=${folder:+${folder%/}-$label}
+    arguments+=("${overrides[@]}" "run.name=$name" "run.output_dir=${folder:-runs/$name}")
+    echo "job $SLURM_JOB_ID: task $SLURM_ARRAY_TASK_ID of the sweep: ${overrides[*]}, in ${folder:-runs/$name}"
 fi
 
 # The first node's name where it resolves, else the address by which Slurm knows it.
@@ -123,30 +145,30 @@ if [[ ${container[0]:-} == --* ]]; then
     container=()
 fi
 
-# A notice that comes before a rank can take it is held until then, not fatal (coreutils 8.31 and later).
-hold=()
-if env --block-signal=USR1 true 2>/dev/null; then
-    hold=(env --block-signal=USR1)
-fi
+# A notice that comes before a rank can take it is held until then, not fatal (coreutils 8.31 and later). Asked where the
+# rank starts: with Pyxis that is in the container, whose programs may be others than this node's.
+# shellcheck disable=SC2016 # expanded by each task
+hold=(sh -c 'env --block-signal=USR1 true 2>/dev/null && exec env --block-signal=USR1 "$@"; exec "$@"' sh)
 
-# Slurm signals the ranks itself. Where it signals only this shell (--signal=B:...), srun hands it on. A TERM means
-# scancel, preemption or the end of the time limit: then whether the job runs again is not for us to say.
-step='' signalled=0 terminated=0
-# shellcheck disable=SC2317 # called by traps
+# Slurm signals the ranks itself. Where it signals only this shell (--signal=B:..., scancel --batch), srun hands it on,
+# always as USR1: a TERM would make it kill them.
+step='' signalled=0
+# shellcheck disable=SC2317 # called by a trap
 forward() {
     signalled=1
-    if [[ $1 == TERM ]]; then terminated=1; fi
-    if [[ -n $step ]]; then kill -s "$1" "$step" 2>/dev/null; fi
+    if [[ -n $step ]]; then kill -s USR1 "$step" 2>/dev/null; fi
 }
-trap 'forward USR1' USR1
-trap 'forward TERM' TERM
+trap forward USR1 TERM
 
 if ((${SLURM_RESTART_COUNT:-0} > 0)); then
     arguments+=(--resume auto) # whatever the first start was told, a later one continues it
 fi
 
+# Left by another launcher in the shell that submits, they would hide the places that Slurm gives the ranks.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE
+
 export PYTHONUNBUFFERED=1
-srun "${options[@]}" ${hold[@]+"${hold[@]}"} ${container[@]+"${container[@]}"} \
+srun "${options[@]}" "${hold[@]}" ${container[@]+"${container[@]}"} \
     "$python" -m sparselt_dist.pretrain ${arguments[@]+"${arguments[@]}"} &
 step=$!
 
@@ -157,11 +179,17 @@ while :; do # a signal ends the wait, not the step
     ((signalled)) || break
 done
 
-if ((code == 75 && !terminated)); then
-    job=$SLURM_JOB_ID
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
-        job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
-    fi
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
+fi
+
+# Cancelled, preempted, or at the end of its time limit: whether it runs again is then not for us to say.
+ending() {
+    [[ $(scontrol show job "$job" 2>/dev/null) =~ JobState=(COMPLETING|CANCELLED|TIMEOUT|PREEMPTED) ]]
+}
+
+if ((code == 75)) && ! ending; then
     if scontrol requeue "$job"; then
         echo "job $job: stopped after a checkpoint and requeued; it continues at the next start"
         exit 0

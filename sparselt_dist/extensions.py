@@ -8,6 +8,7 @@ build (operators are compiled for the CPU at hand), and a lock that no process h
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import platform
 import shutil
@@ -131,6 +132,15 @@ def threads_per_rank(env: Environment) -> int:
     if "SLURM_PROCID" in env and per_task.isdigit():
         return max(1, int(per_task))
     return max(1, usable_cores() // ranks_on_host(env))
+
+
+def slurm_cores_per_rank(env: Environment) -> float:
+    """Cores that Slurm has given the job on this host, for each of its ranks; infinite outside Slurm.
+
+    Slurm gives one core a node where no more are asked for, and a rank may be bound to it.
+    """
+    cores = env.get("SLURM_CPUS_ON_NODE", "")
+    return int(cores) / ranks_on_host(env) if cores.isdigit() else math.inf
 
 
 def ranks_on_host(env: Environment) -> int:

@@ -28,6 +28,7 @@ from sparselt_dist.config import Config
 from sparselt_dist.data.storage import is_remote, join
 from sparselt_dist.diagnosis import GIB, Finding
 from sparselt_dist.errors import ConfigError
+from sparselt_dist.extensions import slurm_cores_per_rank
 
 if TYPE_CHECKING:
     from sparselt_dist.data.corpora import Corpora
@@ -55,6 +56,8 @@ class Facts(NamedTuple):
     device: str  # its identity; empty on a CPU
     device_free: float  # share of its memory
     missing: str  # a shard that is not there
+    cores: float  # for this rank, of Slurm's; infinite elsewhere
+    processes: int  # this rank and its loader's workers
 
 
 def own_facts(config: Config, run_dir: Path, corpora: Sequence[Corpora], device: torch.device, num_bytes: int) -> Facts:
@@ -77,6 +80,8 @@ def own_facts(config: Config, run_dir: Path, corpora: Sequence[Corpora], device:
         device=identity,
         device_free=free,
         missing=_missing_shard(corpora) if config.data.on_bad_shard != "skip" else "",
+        cores=slurm_cores_per_rank(os.environ),
+        processes=1 + config.data.num_workers,
     )
 
 
@@ -185,6 +190,7 @@ def _slow(facts: Sequence[Facts], skews: Sequence[float], reduce_mib: float | No
         return [rank for rank, fact in enumerate(facts) if is_low(fact)]
 
     least = min(facts, key=lambda fact: fact.write_mib)
+    crowded = min(facts, key=lambda fact: fact.cores)
     ahead = [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_SECONDS]
     worst = max(skews, key=abs, default=0.0)
     findings = [
@@ -192,6 +198,9 @@ def _slow(facts: Sequence[Facts], skews: Sequence[float], reduce_mib: float | No
               "end other programs, or lower train.micro_batch_size"),
         *warn(where(lambda f: not f.write_fault and f.disk_gib < LOW_DISK_GIB), "run.output_dir",
               f"less than {LOW_DISK_GIB:g} GiB free in {run_dir}", "free space, or lower checkpoint.keep"),
+        *warn(where(lambda f: f.cores < f.processes), "cores",
+              f"Slurm gives {crowded.cores:.3g} a rank, which is {crowded.processes} process(es) with its loader's workers,",
+              f"ask for --cpus-per-gpu={crowded.processes} (without GPUs --cpus-per-task) or --exclusive"),
         *warn(where(lambda f: f.device_free < LOW_DEVICE_SHARE), "devices", "more than half of the memory is taken",
               "end the other program on that device"),
         *warn(where(lambda f: not f.write_fault and f.write_mib < SLOW_WRITE_MIB), "run.output_dir",

@@ -204,6 +204,8 @@ class Crew:
         found = "has given no sign of life" if self._started[number] else "has not started"
         failure = _failure(self._work, self.part, number)
         reason = f" (its last start ended with: {failure.message})" if failure else ""
+        if not failure and not self._started[number]:
+            reason = " (of a job array, a task that found no room: all must run at once, without %N)"
         return (
             f"prepare --part: part {number} of {self.part.count} {found} for {self.part.wait_minutes:g} minutes, and its "
             f"share of the stage {stage!r} is missing{reason}; start it with --part {number}/{self.part.count}, and this "

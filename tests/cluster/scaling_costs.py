@@ -220,7 +220,7 @@ def facts() -> preflight.Facts:
     """Of a sound rank."""
     versions = dict.fromkeys(("python", *preflight.SAME_PACKAGES), "0.0.0")
     device = "GPU-00000000-0000-0000-0000-000000000000"
-    return preflight.Facts("host-0000", versions, "c0ffee000000", 99.0, 999.0, 500.0, "", device, 1.0, "")
+    return preflight.Facts("host-0000", versions, "c0ffee000000", 99.0, 999.0, 500.0, "", device, 1.0, "", 8.0, 5)
 
 
 def written(rank: int) -> Written:

@@ -109,6 +109,15 @@ def test_an_array_goes_on_after_one_of_its_tasks_was_killed(
     assert hashes(output) == expected
 
 
+def test_an_array_whose_tasks_may_not_all_run_is_refused(cluster: SlurmCluster, text: Path, tmp_path: Path) -> None:
+    """They would wait for each other in vain; a limit that leaves room for all does no harm."""
+    job = cluster.submit("--array=0-1%1", SCRIPT, *arguments(text, tmp_path / "out"), cwd=tmp_path, env=SHELL)
+    assert [cluster.wait(f"{job}_{task}", 60)["ExitCode"] for task in (0, 1)] == ["2:0", "2:0"]
+    assert "--array: found %1, but tasks wait for each other" in (tmp_path / f"slurm-{job}_0.out").read_text()
+    job = cluster.submit("--array=0-1%2", SCRIPT, *arguments(text, tmp_path / "out"), cwd=tmp_path, env=SHELL)
+    assert [cluster.wait(f"{job}_{task}", 120)["ExitCode"] for task in (0, 1)] == ["0:0", "0:0"], output_of(tmp_path)
+
+
 def test_an_array_with_gaps_is_refused(cluster: SlurmCluster, text: Path, tmp_path: Path) -> None:
     job = cluster.submit("--array=0,2", SCRIPT, *arguments(text, tmp_path / "out"), cwd=tmp_path, env=SHELL)
     assert [cluster.wait(f"{job}_{task}", 60)["ExitCode"] for task in (0, 2)] == ["2:0", "2:0"]

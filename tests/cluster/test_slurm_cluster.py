@@ -43,7 +43,7 @@ stop = []
 for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
     signal.signal(getattr(signal, name), lambda number, frame: stop.append(signal.Signals(number).name))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-names = "SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID MASTER_ADDR MASTER_PORT".split()
+names = "SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_NODEID SLURM_CPUS_ON_NODE MASTER_ADDR MASTER_PORT".split()
 print("rank", rank, *(f"{name}={os.environ[name]}" for name in names), *sys.argv[1:], flush=True)
 if "hold" in sys.argv:
     print(*sys.argv[2:], "inside" if "INSIDE" in os.environ else "", flush=True)
@@ -108,7 +108,7 @@ def test_ranks_start_on_both_nodes_and_meet(cluster: SlurmCluster, stand_in: dic
     lines = ranks_of(output(tmp_path, job))
     assert len(lines) == 4
     for rank, line in enumerate(lines):
-        assert f"{rank}: rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2}" in line
+        assert f"{rank}: rank {rank} SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID={rank % 2} SLURM_NODEID={rank // 2} " in line
         assert f"MASTER_ADDR=127.0.0.1 MASTER_PORT={20000 + int(job)} code=0 run.name=two words" in line
 
 
@@ -117,12 +117,15 @@ def ranks_of(shown: str) -> list[str]:
     return sorted(line for line in shown.splitlines() if ": rank" in line)
 
 
-def test_one_rank_starts_for_each_gpu(cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path) -> None:
-    job = cluster.submit("--nodes=2", "--gpus-per-node=2", SCRIPT, "code=0", cwd=tmp_path, env=stand_in)
+@pytest.mark.parametrize(("asked", "cores"), [([], 1), (["--cpus-per-gpu=1"], 2), (["--exclusive"], 2)])
+def test_one_rank_starts_for_each_gpu(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, asked: list[str], cores: int
+) -> None:
+    job = cluster.submit("--nodes=2", "--gpus-per-node=2", *asked, SCRIPT, "code=0", cwd=tmp_path, env=stand_in)
     assert cluster.wait(job, 60)["JobState"] == "COMPLETED", output(tmp_path, job)
-    places = [re.findall(r"SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=(\d) SLURM_NODEID=(\d)", line)
+    places = [re.findall(r"SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=(\d) SLURM_NODEID=(\d) SLURM_CPUS_ON_NODE=(\d)", line)
               for line in ranks_of(output(tmp_path, job))]  # fmt: skip
-    assert places == [[("0", "0")], [("1", "0")], [("0", "1")], [("1", "1")]]
+    assert places == [[(local, node, str(cores))] for node in "01" for local in "01"]
 
 
 def test_a_sweep_gives_each_task_its_combination_and_its_port(
@@ -140,7 +143,7 @@ def test_a_sweep_gives_each_task_its_combination_and_its_port(
     for text, (objective, seed) in zip(shown, combinations, strict=True):
         label = f"{objective}-{seed}"
         wanted = f"objective.name={objective} run.seed={seed} run.name=both-{label}"
-        assert f"run.output_dir={tmp_path / 'runs'}-{label} {wanted} inside\n" in text
+        assert f"{wanted} run.output_dir={tmp_path / 'runs'}-{label} inside\n" in text
     assert len({re.findall(r"MASTER_PORT=(\d+)", text)[0] for text in shown}) == 4
 
 
@@ -183,6 +186,18 @@ def test_a_notice_is_saved_requeued_and_continued(
     shown = output(tmp_path, job)  # appended to, not overwritten, by the second start
     assert shown.count("rank 0") == 2
     assert "requeued" in shown
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_notice_to_the_batch_shell_alone_is_one_to_all(
+    cluster: SlurmCluster, stand_in: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    job = cluster.submit("--nodes=2", SCRIPT, cwd=tmp_path, env=stand_in)
+    wait_for([tmp_path / "started_0", tmp_path / "started_1"])
+    cluster.run("scancel", "--batch", f"--signal={name}", job)
+    ended = cluster.wait(job, 90)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "1"), output(tmp_path, job)
+    assert [(tmp_path / f"checkpoint_{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1"] * 2
 
 
 def test_a_notice_before_the_ranks_can_take_it_is_not_lost(
@@ -272,29 +287,40 @@ def what_was_trained(folder: Path) -> tuple[list[tuple[int, str, float]], str, l
     ]  # fmt: skip
 
 
-TWO_LIMITS_STEPS = 2000  # more than are taken in one minute
+def reach_the_time_limit(cluster: SlurmCluster, job: str, restarts: int) -> None:
+    """Move the limit of a running job so near that its notice is due, and away again once the job is requeued."""
+    hours, minutes, _ = cluster.job(job)["RunTime"].split(":")
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+    deadline = time.monotonic() + 200
+    while int((shown := cluster.job(job))["Restarts"]) < restarts:
+        assert shown["JobState"] not in FINAL_STATES, "ended before its time limit: give it more steps"
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+
+# Until each of the two notices a hundred steps are waited for, and then Slurm, which looks every 30 s: on a fast machine 3200.
+TWO_LIMITS_STEPS = 4000
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_time_limits_change_no_bit(cluster: SlurmCluster, tmp_path: Path) -> None:
     """Time limit, requeue, time limit, requeue, finish: samples, losses and weights are those of an undisturbed run."""
     trained = {}
     for name in ("undisturbed", "disturbed"):
         folder = tmp_path / name
         folder.mkdir()
-        arguments = [*main_job_arguments(folder, TWO_LIMITS_STEPS), "log.batch_digest=true"]
-        limit = ["--time=1", "--signal=USR1@30"] if name == "disturbed" else []
-        job = cluster.submit("--nodes=2", *limit, SCRIPT, *arguments, cwd=folder, env=SHELL)
-        if limit:
-            deadline = time.monotonic() + 400
-            while int((shown := cluster.job(job))["Restarts"]) < 2:
-                assert shown["JobState"] not in FINAL_STATES, "ended before its second time limit: give it more steps"
-                assert time.monotonic() < deadline, output(folder, job)
-                time.sleep(0.5)
-            cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-        ended = cluster.wait(job, 400)
+        shared = main_job_arguments(tmp_path, TWO_LIMITS_STEPS)  # its shards too, so that the second starts soon
+        arguments = [*shared, f"run.output_dir={folder / 'run'}", "log.batch_digest=true"]
+        job = cluster.submit("--nodes=2", "--time=60", SCRIPT, *arguments, cwd=folder, env=SHELL)
+        limits = 2 if name == "disturbed" else 0
+        for number in range(limits):
+            wait_until_trained(folder, len(journal_steps(folder)) + 100)
+            reach_the_time_limit(cluster, job, number + 1)
+        ended = cluster.wait(job, 600)
         assert ended["JobState"] == "COMPLETED", output(folder, job)
-        assert int(ended["Restarts"]) >= (2 if limit else 0)
+        assert int(ended["Restarts"]) >= limits
         trained[name] = what_was_trained(folder)
     steps, exported, weights = trained["disturbed"]
     assert len(steps) == TWO_LIMITS_STEPS and weights

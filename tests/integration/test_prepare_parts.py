@@ -97,7 +97,8 @@ def test_two_parts_make_the_bytes_of_one_though_each_is_killed(tmp_path: Path, s
 def test_a_missing_part_is_named_and_one_process_can_finish(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "c.jsonl", TEXTS[:30])
     config = load_config([], arguments_of(source, tmp_path / "out", {}), for_training=False)
-    with pytest.raises(DataError, match=r"part 1 of 2 has not started for 0\.002 minutes.*start it with --part 1/2"):
+    told = r"part 1 of 2 has not started for 0\.002 minutes.*all must run at once.*start it with --part 1/2"
+    with pytest.raises(DataError, match=told):
         prepare(config, progress=False, part=Part(0, 2, wait_minutes=0.002))
     prepare(config, progress=False)
     alone = load_config([], arguments_of(source, tmp_path / "alone", {}), for_training=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -125,6 +126,18 @@ def test_in_a_folder_of_the_users_choice_a_lock_must_also_be_old(tmp_path: Path)
 )
 def test_ranks_on_host(env: dict[str, str], ranks: int) -> None:
     assert extensions.ranks_on_host(env) == ranks
+
+
+@pytest.mark.parametrize(
+    ("env", "cores"),
+    [
+        ({}, math.inf),
+        ({"SLURM_CPUS_ON_NODE": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_NODEID": "3"}, 0.125),
+        ({"SLURM_CPUS_ON_NODE": "64", "SLURM_STEP_TASKS_PER_NODE": "8(x4)", "SLURM_NODEID": "0"}, 8.0),
+    ],
+)
+def test_a_rank_has_its_share_of_what_slurm_gives(env: dict[str, str], cores: float) -> None:
+    assert extensions.slurm_cores_per_rank(env) == cores
 
 
 def test_slurms_cores_for_a_task_are_its_threads() -> None:

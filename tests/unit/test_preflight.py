@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ FOLDER = Path("runs/x")
 
 
 def facts(**changes: object) -> Facts:
-    sound = Facts("a", {"python": "3.12.1", "torch": "2.9"}, "c0ffee", 8.0, 100.0, 200.0, "", "", 1.0, "")
+    sound = Facts("a", {"python": "3.12.1", "torch": "2.9"}, "c0ffee", 8.0, 100.0, 200.0, "", "", 1.0, "", math.inf, 1)
     return sound._replace(**changes)  # type: ignore[arg-type]
 
 
@@ -39,6 +40,10 @@ def test_sound_ranks_on_two_hosts() -> None:
         ({"memory_gib": 0.5}, "warning: less than 1 GiB free on rank 1 (a)"),
         ({"disk_gib": 0.5}, "warning: less than 1 GiB free in runs/x on rank 1 (a)"),
         ({"write_mib": 2.0}, "warning: runs/x takes 2.0 MiB/s on rank 1 (a)"),
+        (
+            {"cores": 0.125, "processes": 5},
+            "warning: Slurm gives 0.125 a rank, which is 5 process(es) with its loader's workers, on rank 1 (a)",
+        ),
         ({"device_free": 0.3}, "warning: more than half of the memory is taken on rank 1 (a)"),
     ],
 )
