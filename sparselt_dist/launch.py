@@ -156,12 +156,13 @@ def main(argv: list[str] | None = None) -> int:
     report_dir = Path(tempfile.mkdtemp(prefix="sparselt_ranks_"))
     ours = {REPORT_DIR_VARIABLE: str(report_dir), LAUNCHER_VARIABLE: launcher_mark()}
     environment |= ours
-    if goes_over_ssh(own):
+    over_ssh = goes_over_ssh(own)
+    if over_ssh:
         environment[FILE_VARIABLE] = str(write_exports(report_dir, os.environ, ours))
     environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_KEEPALIVE}".strip()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *own, *rendezvous_arguments(own), *program]
     try:
-        return Supervisor(command, environment, report_dir).run()
+        return Supervisor(command, environment, report_dir, over_ssh=over_ssh).run()
     finally:
         shutil.rmtree(report_dir, ignore_errors=True)
 
