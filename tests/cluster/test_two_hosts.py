@@ -106,6 +106,8 @@ def test_a_cut_link_ends_the_run_on_both_hosts(hosts: TwoHosts, tmp_path: Path) 
     process = started(hosts, tmp_path, "train.hang_minutes=0.2")
     hosts.pull_the_cable()
     assert process.wait(timeout=200) == 1, (tmp_path / "output").read_text()
-    assert "the run hangs: nothing got on for 0.2 minutes" in (tmp_path / "output").read_text()
+    said = (tmp_path / "output").read_text()
+    assert "the run hangs: nothing got on for 0.2 minutes" in said
+    assert "rank 1 on host1" in said  # by another name, so that no rank takes the other for one that it can kill
     wait_until_nothing_runs(hosts, seconds=60)
     assert any((tmp_path / "run" / "checkpoints").iterdir())
