@@ -15,7 +15,7 @@ for word; do case "$word" in "export "*) exports=$word;; esac; done
 exec env -i PATH=/usr/bin:/bin MLFLOW_TRACKING_TOKEN=of_that_host sh -c "$BEFORE$exports env"
 """
 SECRETS = {
-    "MLFLOW_TRACKING_PASSWORD": 'pass "w$ord',
+    "MLFLOW_TRACKING_PASSWORD": "pass w$ord",
     "MLFLOW_TRACKING_TOKEN": "t0ken",
     "MLFLOW_TRACKING_URI": "http://me:s3cret@h",
     "PGPASSWORD": "pg-word",
@@ -35,7 +35,7 @@ def launch(folder: Path, **more: str) -> tuple[str, dict[str, str]]:
     (folder / "bin" / "pdsh").write_text(PDSH)
     (folder / "bin" / "pdsh").chmod(0o755)
     (folder / "hosts").write_text("one slots=1\ntwo slots=1\n")
-    (folder / ".deepspeed_env").write_text("FROM_FILE=yes\n\nOMP_NUM_THREADS=5\n")
+    (folder / ".deepspeed_env").write_text("FROM_FILE=yes\nOMP_NUM_THREADS=5\n")
     environment = {**os.environ, **SECRETS, **PUBLIC, **OTHERS, "PYTHONPATH": str(REPOSITORY), "BEFORE": "", **more}
     environment |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder)}
     command = [
