@@ -18,6 +18,7 @@ from pathlib import Path
 from sparselt_dist.extensions import prepare_launch
 from sparselt_dist.launcher_watch import LAUNCHER_VARIABLE, launcher_mark
 from sparselt_dist.rank_report import REPORT_DIR_VARIABLE
+from sparselt_dist.remote_environment import FILE_VARIABLE, write_exports
 from sparselt_dist.supervisor import Supervisor
 
 STOCK_HOSTFILE = "/job/hostfile"
@@ -116,6 +117,19 @@ def rendezvous_arguments(own: Sequence[str]) -> list[str]:
     return ["--master_port", str(free_port())]
 
 
+def goes_over_ssh(own: Sequence[str]) -> bool:
+    """Whether the runner may start ranks through pdsh; what mpirun and srun are given no shell reads."""
+    names = [option_name(word) for word in own if word.startswith("-")]
+    launcher = next((_value(own, at) for at, word in enumerate(own) if option_name(word) == "--launcher"), "pdsh")
+    hostfile = "-H" in names or os.path.isfile(STOCK_HOSTFILE)
+    return hostfile and "--no_ssh" not in names and launcher.lower() == "pdsh"
+
+
+def _value(own: Sequence[str], at: int) -> str:
+    _, equals, value = own[at].partition("=")
+    return value if equals else "".join(own[at + 1 : at + 2])
+
+
 def free_port() -> int:
     """A port nobody listens on, different for launches that start together."""
     for attempt in range(PORTS):
@@ -140,12 +154,15 @@ def main(argv: list[str] | None = None) -> int:
         environment.pop(name, None)
     prepare_launch(environment)
     report_dir = Path(tempfile.mkdtemp(prefix="sparselt_ranks_"))
-    environment[REPORT_DIR_VARIABLE] = str(report_dir)
-    environment[LAUNCHER_VARIABLE] = launcher_mark()
+    ours = {REPORT_DIR_VARIABLE: str(report_dir), LAUNCHER_VARIABLE: launcher_mark()}
+    environment |= ours
+    over_ssh = goes_over_ssh(own)
+    if over_ssh:
+        environment[FILE_VARIABLE] = str(write_exports(report_dir, os.environ, ours))
     environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_KEEPALIVE}".strip()
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *own, *rendezvous_arguments(own), *program]
     try:
-        return Supervisor(command, environment, report_dir).run()
+        return Supervisor(command, environment, report_dir, over_ssh=over_ssh).run()
     finally:
         shutil.rmtree(report_dir, ignore_errors=True)
 

@@ -20,18 +20,41 @@ def launcher_mark() -> str:
 
 
 class Launcher:
-    """The processes whose end is meant for this rank too: its parent, unless a shell, and the `deepspeed` command."""
+    """The processes whose end is meant for this rank too: its parent, unless a shell, and the `deepspeed` command.
+
+    On a host that the `deepspeed` command has reached by ssh its end shows as that of the session: sshd ends with the
+    connection, and what it had started gets another parent.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._parent = os.getppid() if "RANK" in environment and not _is_shell(os.getppid()) else None
         host, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
         pid, _, birth = process.partition(":")
         self._command = (int(pid), birth) if host == socket.gethostname() and pid.isdigit() else None
+        is_launched = self._parent is not None and LAUNCHER_VARIABLE in environment
+        self._session = _parents_up_to_session(self._parent) if self._parent is not None and is_launched else {}
 
     def is_gone(self) -> bool:
         if self._parent is not None and os.getppid() != self._parent:
             return True
+        if any(_parent_of(pid) != parent for pid, parent in self._session.items()):
+            return True
         return self._command is not None and process_birth(self._command[0]) != self._command[1]
+
+
+def _parents_up_to_session(node_launcher: int) -> dict[int, int]:
+    """The parent of the node launcher and, where that is the shell of an ssh session, the shell's."""
+    shell = _parent_of(node_launcher)
+    if shell is None:
+        return {}
+    session = _parent_of(shell) if _is_shell(shell) else None
+    return {node_launcher: shell} if session is None else {node_launcher: shell, shell: session}
+
+
+def _parent_of(pid: int) -> int | None:
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
 
 
 def _is_shell(pid: int) -> bool:

@@ -9,9 +9,33 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 PORT_OPTION = "--master_port="
+REACH_SECONDS = 30.0  # for pdsh to hand a signal to all hosts
+
+
+@dataclass(frozen=True)
+class RemoteRanks:
+    """The ranks that one pdsh has started, also after it has gone."""
+
+    pdsh: Sequence[str]
+    environment: Mapping[str, str]
+
+    def send(self, number: signal.Signals) -> bool:
+        """Hand them a signal; whether all hosts have taken it."""
+        command = signal_command(self.pdsh, number)
+        if command is None:
+            return False
+        try:
+            done = subprocess.run(
+                command, env=dict(self.environment), stdin=subprocess.DEVNULL, timeout=REACH_SECONDS, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
 
 
 def signal_command(pdsh: Sequence[str], number: signal.Signals) -> list[str] | None:

@@ -21,7 +21,7 @@ from types import FrameType
 import psutil
 
 from sparselt_dist.rank_report import Reports, read_reports
-from sparselt_dist.remote_ranks import signal_command
+from sparselt_dist.remote_ranks import RemoteRanks, signal_command
 
 STOPPED_ON_REQUEST = 75
 SSH_LOST = 255  # of ssh, and so of pdsh: a host did not answer, or its connection broke
@@ -37,8 +37,7 @@ KILL_AFTER_SECONDS = 30.0
 KILLING_INTERRUPTS = 3
 PR_SET_CHILD_SUBREAPER = 36
 PDSH = ("pdsh", "pdsh.bin")  # the second on Debian
-BACKENDS = (*PDSH, "mpirun", "mpiexec", "mpirun_rsh", "srun")
-REMOTE_SECONDS = 30.0  # for pdsh to hand a signal to other hosts
+BACKENDS = ("mpirun", "mpiexec", "mpirun_rsh", "srun")
 
 # A closed terminal asks the run to stop; under nohup it is ignored and stays so.
 FORWARDED = {
@@ -52,7 +51,9 @@ FORWARDED = {
 class Supervisor:
     """One launch: start the runner, forward signals, wait for all descendants, tell the exit code."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], report_dir: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], report_dir: Path, *, over_ssh: bool = False
+    ) -> None:
         self.command = list(command)
         self.environment = dict(environment)
         self.report_dir = report_dir
@@ -62,6 +63,9 @@ class Supervisor:
         self.adopted_codes: list[int] = []
         self.deadline: float | None = None
         self.next_signal = signal.SIGTERM
+        self.awaits_pdsh = over_ssh
+        self.remote: RemoteRanks | None = None
+        self.sent_remotely = 0
 
     def run(self) -> int:
         """Exit code of the launch."""
@@ -71,6 +75,10 @@ class Supervisor:
                 signal.signal(number, self._remember)
         self.runner = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
         while self.runner.poll() is None:
+            if self.awaits_pdsh:
+                self._look_for_pdsh()
+            if self.remote is not None:
+                self._end_remote_survivors()
             if self.received:
                 self._forward(_descendants())
             time.sleep(POLL_SECONDS)
@@ -88,26 +96,59 @@ class Supervisor:
         if self.interrupts >= KILLING_INTERRUPTS:
             _send(family, signal.SIGKILL)
             return
+        if self.remote is not None:
+            for number in self.received[self.sent_remotely :]:
+                if not self.remote.send(number):  # the sessions' end is seen by ranks that can be reached no more
+                    _send([process for process in family if _name(process) in PDSH], number)
+            self.sent_remotely = len(self.received)
+            return
         ready = set(read_reports(self.report_dir).ready_pids.values())
         targets = [rank for rank in find_ranks(family) if rank.pid in ready or _age(rank) > UNANNOUNCED_SECONDS]
         for target in targets or self._other_backend(family):
             for number in self.received[self.delivered.get(target, 0) :]:
-                if not _sent_by_pdsh(target, number):
-                    _send([target], number)
+                _send([target], number)
             self.delivered[target] = len(self.received)
 
     def _other_backend(self, family: Sequence[psutil.Process]) -> list[psutil.Process]:
-        """Whom to tell when ranks run on other hosts: pdsh by `_sent_by_pdsh`; mpirun and srun forward."""
+        """Whom to tell when others than pdsh start the ranks: mpirun and srun forward."""
         children = [process for process in family if _parent(process) == self.runner.pid]
         if any(map(_is_node_launcher, children)) or find_ranks(family):
             return []
         return [process for process in children if _name(process) in BACKENDS]
 
+    def _look_for_pdsh(self) -> None:
+        """Keep what it was started with: ranks must be reached when it is gone. One host alone has a node launcher instead."""
+        for child in _children(self.runner.pid):
+            words = _command_line(child)
+            if _name(child) in PDSH and signal_command(words, signal.SIGTERM) is not None:
+                self.remote, self.awaits_pdsh = RemoteRanks(words, _environment(child)), False
+            elif _is_node_launcher(child):
+                self.awaits_pdsh = False
+
+    def _end_remote_survivors(self) -> None:
+        """After a failure here, ranks elsewhere end by themselves or are made to.
+
+        One that is stopped, or waits for a disk, and has no other beside it would keep its host, and so pdsh, for ever.
+        """
+        codes = read_reports(self.report_dir).exit_codes.values()
+        if self.remote is None or all(code in (0, STOPPED_ON_REQUEST) for code in codes):
+            return
+        now = time.monotonic()
+        if self.deadline is None:
+            self.deadline, self.next_signal = now + ORPHAN_GRACE_SECONDS, signal.SIGTERM
+        elif now > self.deadline and self.next_signal == signal.SIGTERM:
+            text = f"error: ranks on other hosts outlive a failure by {ORPHAN_GRACE_SECONDS:.0f} s and are killed\n"
+            sys.stderr.write(text)
+            self.remote.send(signal.SIGKILL)
+            self.deadline, self.next_signal = time.monotonic() + KILL_AFTER_SECONDS, signal.SIGKILL
+        elif now > self.deadline:
+            _send(_descendants(), signal.SIGKILL)
+
     def _wait_for_survivors(self) -> None:
         """After the runner: ranks that it left behind end by themselves or are made to; then nothing is left."""
         while family := self._reap(_descendants()):
             ranks = find_ranks(family)
-            if ranks and not self.received:
+            if (ranks or self.remote is not None) and not self.received:
                 self.received.append(signal.SIGTERM)  # whatever ended the runner meant the run
             if self.received:
                 self._forward(family)
@@ -182,18 +223,11 @@ def _is_node_launcher(process: psutil.Process) -> bool:
         return False
 
 
-def _sent_by_pdsh(target: psutil.Process, number: signal.Signals) -> bool:
-    """Whether the target is a pdsh whose hosts have handed the signal to their ranks."""
-    command = signal_command(_command_line(target), number) if _name(target) in PDSH else None
-    if command is None:
-        return False
+def _children(pid: int) -> list[psutil.Process]:
     try:
-        done = subprocess.run(
-            command, env=dict(_environment(target)), stdin=subprocess.DEVNULL, timeout=REMOTE_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+        return psutil.Process(pid).children()
+    except psutil.Error:
+        return []
 
 
 def _command_line(process: psutil.Process) -> list[str]:

@@ -1,4 +1,4 @@
-"""Two hosts on one machine for tests: network namespaces joined by a cable that can be pulled, each with an sshd.
+"""Two hosts on one machine for tests: network namespaces joined by a cable that can be pulled, each with a name and an sshd.
 
 Keys, configuration and logs lie below one folder; nothing of the machine's own ssh is read or changed.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-PROGRAMS = ("ip", "ssh", "sshd", "ssh-keygen", "pdsh")
+PROGRAMS = ("ip", "ssh", "sshd", "ssh-keygen", "pdsh", "unshare", "hostname")
 _PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 SSHD_CONFIG = """\
@@ -59,6 +59,20 @@ def _ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]
     return done
 
 
+def _on(name: str) -> list[str]:
+    """What begins a command on a host: its network and its own host name, by which ranks tell whether they share a machine."""
+    network = [str(shutil.which("ip", path=_PATH)), "netns", "exec", name]
+    return [
+        *network,
+        str(shutil.which("unshare")),
+        "--uts",
+        "sh",
+        "-c",
+        'hostname "$0" && exec "$@"',
+        name.partition("_")[0],
+    ]
+
+
 @dataclass
 class TwoHosts:
     """Two running hosts."""
@@ -78,7 +92,7 @@ class TwoHosts:
         """Start a command on a host."""
         with output.open("ab") as file:
             return subprocess.Popen(
-                [str(shutil.which("ip", path=_PATH)), "netns", "exec", self.names[host], *command],
+                [*_on(self.names[host]), *command],
                 cwd=cwd,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

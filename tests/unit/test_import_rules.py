@@ -24,7 +24,7 @@ LAYERS: dict[int, str] = {
     0: "errors redaction config config_layers config_checks architectures budget ds_config run_plan objectives.settings",
     # parts that know neither a model nor an objective
     1: """allocator config_loading device distributed expected_curve extensions follower journal landing metrics planning
-          hang launcher_watch rank_line rank_log rank_report remote_ranks supervisor spikes watchdog
+          hang launcher_watch rank_line rank_log rank_report remote_environment remote_ranks supervisor spikes watchdog
           data.
           objectives objectives.base objectives.cost""",
     # models, objectives, and what is written and read of them

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from sparselt_dist import watchdog
+from sparselt_dist.follower import process_birth
 from sparselt_dist.hang import Report, hang_message, hung_ranks
 from sparselt_dist.launcher_watch import LAUNCHER_VARIABLE, Launcher, launcher_mark
 
@@ -49,3 +56,48 @@ def test_a_launcher_is_gone_when_its_process_is() -> None:
     assert Launcher({LAUNCHER_VARIABLE: f"{socket.gethostname()}:{os.getpid()}:another birth"}).is_gone()
     assert not Launcher({LAUNCHER_VARIABLE: "another host:1:2"}).is_gone()
     assert not Launcher({}).is_gone()
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_only_a_rank_of_this_machine_is_killed(is_here: bool) -> None:
+    with subprocess.Popen(["sleep", "30"]) as process:
+        host = socket.gethostname() if is_here else "another host"
+        watchdog._kill_local([{"host": host, "pid": process.pid, "birth": process_birth(process.pid)}])
+        time.sleep(0.2)
+        assert (process.poll() is None) != is_here
+        process.kill()
+
+
+NODE_LAUNCHER = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1], sys.argv[2]], env={**os.environ, "RANK": "0"})
+"""
+RANK = """
+import os, pathlib, sys, time
+from sparselt_dist.launcher_watch import Launcher
+launcher, note = Launcher(os.environ), pathlib.Path(sys.argv[1])
+note.write_text("up")
+deadline = time.monotonic() + 3
+while not launcher.is_gone() and time.monotonic() < deadline:
+    time.sleep(0.05)
+note.write_text("gone" if launcher.is_gone() else "there")
+"""
+
+
+@pytest.mark.parametrize(("mark", "told"), [({LAUNCHER_VARIABLE: "another host:1:2"}, "gone"), ({}, "there")])
+def test_a_launcher_elsewhere_is_gone_when_its_ssh_session_is(tmp_path: Path, mark: dict[str, str], told: str) -> None:
+    """In sshd's place stands a process that starts a shell; that and the node launcher below it outlive the session."""
+    note = tmp_path / "note"
+    shell = f"{shlex.join([sys.executable, '-c', NODE_LAUNCHER, RANK, str(note)])}; true"
+    session = [sys.executable, "-c", "import subprocess, sys; subprocess.run(['sh', '-c', sys.argv[1]])", shell]
+    with subprocess.Popen(session, env={**os.environ, **mark}) as process:
+        wait_for(note, "up")
+        process.kill()
+    wait_for(note, told)
+
+
+def wait_for(note: Path, text: str) -> None:
+    deadline = time.monotonic() + 30
+    while not note.exists() or note.read_text() != text:
+        assert time.monotonic() < deadline, note.exists() and note.read_text()
+        time.sleep(0.02)
