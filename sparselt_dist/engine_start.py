@@ -27,13 +27,13 @@ def build_engine(
     data: Data,
     start: Start,
     ranks: distributed.Ranks,
-    before: Callable[[torch.nn.Module], None],
+    before: Callable[[PretrainingModel], None],
 ) -> DeepSpeedEngine:
-    """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint; `before` is handed a new objective."""
+    """Model, optimizer and DeepSpeed engine, continued from the start's checkpoint; `before` is handed a new model."""
     settings = distributed.agreed(ranks, lambda: resolve_deepspeed(config, plan))
     model = distributed.agreed(ranks, lambda: _loaded_model(config, data, start.checkpoint))
     if start.checkpoint is None:
-        before(model.objective)
+        before(model)
     if config.train.compile:
         model.backbone.body.compile()
     engine, _, _, _ = deepspeed.initialize(

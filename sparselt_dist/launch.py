@@ -121,7 +121,7 @@ def goes_over_ssh(own: Sequence[str]) -> bool:
     """Whether the runner may start ranks through pdsh; what mpirun and srun are given no shell reads."""
     names = [option_name(word) for word in own if word.startswith("-")]
     launcher = next((_value(own, at) for at, word in enumerate(own) if option_name(word) == "--launcher"), "pdsh")
-    hostfile = "-H" in names or os.path.isfile(STOCK_HOSTFILE)
+    hostfile = "-H" in names or "--force_multi" in names or os.path.isfile(STOCK_HOSTFILE)
     return hostfile and "--no_ssh" not in names and launcher.lower() == "pdsh"
 
 
@@ -154,14 +154,14 @@ def main(argv: list[str] | None = None) -> int:
         environment.pop(name, None)
     prepare_launch(environment)
     report_dir = Path(tempfile.mkdtemp(prefix="sparselt_ranks_"))
-    ours = {REPORT_DIR_VARIABLE: str(report_dir), LAUNCHER_VARIABLE: launcher_mark()}
-    environment |= ours
-    over_ssh = goes_over_ssh(own)
-    if over_ssh:
-        environment[FILE_VARIABLE] = str(write_exports(report_dir, os.environ, ours))
-    environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_KEEPALIVE}".strip()
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *own, *rendezvous_arguments(own), *program]
     try:
+        ours = {REPORT_DIR_VARIABLE: str(report_dir), LAUNCHER_VARIABLE: launcher_mark()}
+        environment |= ours
+        over_ssh = goes_over_ssh(own)
+        if over_ssh:
+            environment[FILE_VARIABLE] = str(write_exports(report_dir, os.environ, ours))
+        environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_KEEPALIVE}".strip()
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", *own, *rendezvous_arguments(own), *program]
         return Supervisor(command, environment, report_dir, over_ssh=over_ssh).run()
     finally:
         shutil.rmtree(report_dir, ignore_errors=True)

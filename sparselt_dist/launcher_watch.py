@@ -10,13 +10,21 @@ from pathlib import Path
 
 from sparselt_dist.follower import process_birth
 
-LAUNCHER_VARIABLE = "SPARSELT_LAUNCHER"  # host:pid:birth of the `deepspeed` command
+LAUNCHER_VARIABLE = "SPARSELT_LAUNCHER"  # machine:pid:birth of the `deepspeed` command
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh", "tcsh", "tmux: server", "screen", "systemd"})
 
 
 def launcher_mark() -> str:
     """For the environment of ranks: which process is their launcher, where."""
-    return f"{socket.gethostname()}:{os.getpid()}:{process_birth(os.getpid())}"
+    return f"{_machine()}:{os.getpid()}:{process_birth(os.getpid())}"
+
+
+def _machine() -> str:
+    """Where numbers of processes mean what they do here. Hosts may share a name, and a container has that of its host."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
 
 
 class Launcher:
@@ -28,16 +36,16 @@ class Launcher:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._parent = os.getppid() if "RANK" in environment and not _is_shell(os.getppid()) else None
-        host, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
+        machine, _, process = environment.get(LAUNCHER_VARIABLE, "").partition(":")
         pid, _, birth = process.partition(":")
-        self._command = (int(pid), birth) if host == socket.gethostname() and pid.isdigit() else None
+        self._command = (int(pid), birth) if machine == _machine() and pid.isdigit() else None
         is_launched = self._parent is not None and LAUNCHER_VARIABLE in environment
         self._session = _parents_up_to_session(self._parent) if self._parent is not None and is_launched else {}
 
     def is_gone(self) -> bool:
         if self._parent is not None and os.getppid() != self._parent:
             return True
-        if any(_parent_of(pid) != parent for pid, parent in self._session.items()):
+        if any(_has_another_parent(pid, parent) for pid, parent in self._session.items()):
             return True
         return self._command is not None and process_birth(self._command[0]) != self._command[1]
 
@@ -55,6 +63,11 @@ def _parent_of(pid: int) -> int | None:
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return None
+
+
+def _has_another_parent(pid: int, parent: int) -> bool:
+    """Also where it has ended; not where it cannot be seen just now."""
+    return _parent_of(pid) not in (parent, None) or not Path(f"/proc/{pid}").exists()
 
 
 def _is_shell(pid: int) -> bool:

@@ -271,3 +271,19 @@ def check(
         f"pre-flight: {ranks.world_size} rank(s) on {hosts} host(s), run folder {written:.0f} MiB/s{network}; "
         f"checked in {seconds:.2f} s"
     )
+
+
+def check_room(run_dir: Path, model: torch.nn.Module, keep: int, say: Callable[[str], None]) -> None:
+    """Before the first step of a run, on rank 0: whether the disk takes its checkpoints, each of weights and moments in fp32.
+
+    Raises:
+        ConfigError: not one, even with a single moment.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    moment = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    whole, free = weights + 2 * moment, shutil.disk_usage(run_dir).free
+    told = f"run.output_dir: {free / 1e9:.2f} GB are free at {run_dir}, and a checkpoint takes {whole / 1e9:.2f} GB"
+    if free < weights + moment:
+        raise ConfigError(f"{told}; make room or choose another folder")
+    if free < (keep + 1) * whole:
+        say(f"warning: {told}, of which {keep + 1} will lie there (checkpoint.keep={keep} and the one under way)")

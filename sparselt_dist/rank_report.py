@@ -6,6 +6,7 @@ so each rank leaves them in the folder that our `deepspeed` command names. Witho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ def _write(kind: str, value: int) -> None:
         return
     path = Path(folder, f"rank_{rank}.{kind}")
     partial = path.with_suffix(".partial")  # a reader sees a whole report or none
-    partial.write_text(str(value))
-    partial.replace(path)
+    with contextlib.suppress(OSError):  # another user's folder, a full disk: no reason to end a rank
+        partial.write_text(str(value))
+        partial.replace(path)
 
 
 def read_reports(folder: Path) -> Reports:

@@ -18,6 +18,7 @@ from sparselt_dist.redaction import shown
 
 FILE_VARIABLE = "DS_ENV_FILE"
 STOCK_FILE = ".deepspeed_env"
+SECRET_SUFFIX = ".value"  # of files with a secret
 # Those that mend or tune a run and are the same on every host.
 PUBLIC = re.compile(
     r"(NCCL|TORCH_NCCL|GLOO)_\w+|(OMP|MKL)_NUM_THREADS|DS_ACCELERATOR|TORCH_EXTENSIONS_DIR|XDG_CACHE_HOME"
@@ -39,7 +40,7 @@ def write_exports(folder: Path, chosen: Mapping[str, str], ours: Mapping[str, st
     lines = [f"{name}={value}" for name, value in ours.items()]
     for name, value in sorted(chosen.items()):
         if _is_secret(name, value):
-            path = folder / f"{name}.value"
+            path = folder / f"{name}{SECRET_SUFFIX}"
             path.touch(mode=0o600)
             path.write_text(value)
             lines.append(f"{name}=$(cat {shlex.quote(str(path))} 2>/dev/null || printenv {name})")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PORT_OPTION = "--master_port="
+REMOTE_WORDS = ("export ", "cd ", "source ")  # that the remote command begins with
 REACH_SECONDS = 30.0  # for pdsh to hand a signal to all hosts
 
 
@@ -49,10 +50,10 @@ def signal_command(pdsh: Sequence[str], number: signal.Signals) -> list[str] | N
         return None
     # A running pdsh has cut its list of hosts at the commas: what was one word shows as several.
     first = pdsh.index("-w") + 1
-    end = next(
-        (at for at in range(first, len(pdsh)) if pdsh[at].startswith(("export ", "cd ", "source ", "-"))), first + 1
-    )
-    hosts = [*pdsh[:first], ",".join(pdsh[first:end])]
+    end = next((at for at in range(first, len(pdsh)) if pdsh[at].startswith((*REMOTE_WORDS, "-"))), first + 1)
+    further = next((at for at in range(end, len(pdsh)) if pdsh[at].startswith(REMOTE_WORDS)), end)  # --launcher_args
+    hosts = [*pdsh[:first], ",".join(pdsh[first:end]), *pdsh[end:further]]
     # The launcher itself begins so; shells, ssh and pdsh, whose words hold the same, do not.
     launchers = f"pgrep -f '^[^ ]+ -u -m deepspeed.launcher.launch .*{PORT_OPTION}{port}( |$)'"
-    return [*hosts, f"for launcher in $({launchers}); do pkill -{number.value} -P $launcher; done; true"]
+    tell = f"for launcher in $({launchers}); do pkill -{number.value} -P $launcher; done; true"
+    return [*hosts, f"command -v pkill >/dev/null || exit 127; {tell}"]

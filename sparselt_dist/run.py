@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -43,6 +43,9 @@ from sparselt_dist.spikes import RewindRun
 from sparselt_dist.trainer import Outcome, Trainer
 from sparselt_dist.utilisation import device_watts, row_length, utilisation
 from sparselt_dist.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from sparselt_dist.models.backbone import PretrainingModel
 
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
@@ -117,7 +120,6 @@ class Run:
             journal=self.journal,
             say=self.complain,
         )
-        distributed.on_main(ranks, self.saving.check_room)
         self.health = Health(ranks, engine.device, ledger, start.progress, console.message)
         self.outcome: Outcome = "failed"
         self.peak_memory_gib = 0.0  # over all ranks, known at the end
@@ -435,6 +437,11 @@ def _watched(
     is_fruitless = False
     setting = make_setting(config, data.train, data.tokenizer, device, max_prelude_seconds)
 
+    def prepared(model: PretrainingModel) -> None:
+        keep = config.checkpoint.keep
+        distributed.on_main(ranks, lambda: preflight.check_room(run_dir, model, keep, console.message))
+        begin(model.objective, start, setting, ranks, stop_flag, ledger)
+
     def begun(start: Start) -> Run:
         engine = build_engine(
             config,
@@ -442,7 +449,7 @@ def _watched(
             data,
             start,
             ranks,
-            lambda objective: begin(objective, start, setting, ranks, stop_flag, ledger),
+            prepared,
         )
         restore_rank(start, ranks, config.run.seed)
         run = Run(config, plan, data, ranks, engine, start, stop_flag, console, ledger)
@@ -462,7 +469,7 @@ def _watched(
             run.trainer.progress.seconds += time.monotonic() - since
         status = run.outcome
     except PreludeStopped:
-        is_fruitless = (ended.get("status"), ended.get("steps")) == ("stopped", 0) and start.checkpoint is None
+        is_fruitless = (ended.get("status"), ended.get("steps")) == ("stopped", 0)
         status = "failed" if is_fruitless else "stopped"
         console.message("stopped before the first step; the same command begins anew")
     except BaseException as error:

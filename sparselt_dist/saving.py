@@ -7,7 +7,6 @@ With `checkpoint.asynchronous` only a save that it must have (the last one, the 
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,11 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from sparselt_dist import committing, distributed, engine_state
-from sparselt_dist.checkpoint import complete_checkpoints, step_of
+from sparselt_dist.checkpoint import step_of
 from sparselt_dist.checkpoint_writer import CheckpointWriter, Contents
 from sparselt_dist.committing import Retention
 from sparselt_dist.config import Config
-from sparselt_dist.errors import ConfigError, RunFailureError, SparseltError
+from sparselt_dist.errors import RunFailureError, SparseltError
 from sparselt_dist.redaction import shown_in
 from sparselt_dist.snapshot import Snapshot
 from sparselt_dist.tensor_files import LEAST_SHARE_BYTES
@@ -65,7 +64,6 @@ class Saving:
         self.manifest = manifest
         self.prelude = prelude
         self.journal = journal
-        self.say = say
         section = config.checkpoint
         self.uploader = Uploader(section.upload, say) if section.upload is not None and ranks.is_main else None
         scratch = None if section.scratch_dir is None else Path(section.scratch_dir).expanduser()
@@ -158,21 +156,6 @@ class Saving:
     def close(self) -> None:
         """Give back what saves keep in memory; after `settle`."""
         self.writer.close()
-
-    def check_room(self) -> None:
-        """Before the first step, on rank 0: whether the disk takes what will be saved.
-
-        Raises:
-            ConfigError: not one checkpoint.
-        """
-        whole, keep = engine_state.num_bytes(self.engine), self.config.checkpoint.keep
-        free = shutil.disk_usage(self.run_dir).free
-        told = f"run.output_dir: {free / 1e9:.2f} GB are free at {self.run_dir}, and a checkpoint takes {whole / 1e9:.2f} GB"
-        if free < whole:
-            raise ConfigError(f"{told}; make room or choose another folder")
-        wanted = max(1, keep + 1 - len(complete_checkpoints(self.run_dir)))
-        if free < wanted * whole:
-            self.say(f"{told}, of which {wanted} more will lie there (checkpoint.keep={keep} and the one under way)")
 
     def probe(self) -> float:
         """What a save takes, judged by writing some bytes where it will write its share."""

@@ -20,7 +20,9 @@ from types import FrameType
 
 import psutil
 
+from sparselt_dist.follower import process_birth
 from sparselt_dist.rank_report import Reports, read_reports
+from sparselt_dist.remote_environment import SECRET_SUFFIX
 from sparselt_dist.remote_ranks import RemoteRanks, signal_command
 
 STOPPED_ON_REQUEST = 75
@@ -33,6 +35,9 @@ UNANNOUNCED_SECONDS = 10.0
 # Without a node launcher nobody else ends the ranks that outlive the first one.
 ORPHAN_GRACE_SECONDS = 60.0
 KILL_AFTER_SECONDS = 30.0
+# Over ssh: until ranks can be told, and for those elsewhere to hear of a failure, to close the run and to end by themselves.
+REMOTE_START_SECONDS = 20.0
+REMOTE_GRACE_SECONDS = 180.0
 # The first Ctrl-C asks for a checkpoint; who insists gets the prompt back.
 KILLING_INTERRUPTS = 3
 PR_SET_CHILD_SUBREAPER = 36
@@ -65,7 +70,9 @@ class Supervisor:
         self.next_signal = signal.SIGTERM
         self.awaits_pdsh = over_ssh
         self.remote: RemoteRanks | None = None
+        self.remote_since = 0.0
         self.sent_remotely = 0
+        self.births: dict[int, str | None] = {}  # of ranks that announced themselves, when they were first seen
 
     def run(self) -> int:
         """Exit code of the launch."""
@@ -79,6 +86,7 @@ class Supervisor:
                 self._look_for_pdsh()
             if self.remote is not None:
                 self._end_remote_survivors()
+                self._remove_secrets()
             if self.received:
                 self._forward(_descendants())
             time.sleep(POLL_SECONDS)
@@ -97,17 +105,26 @@ class Supervisor:
             _send(family, signal.SIGKILL)
             return
         if self.remote is not None:
+            is_early = time.monotonic() < self.remote_since + REMOTE_START_SECONDS and not self._ready_pids()
+            if is_early and self.runner.poll() is None:
+                return
             for number in self.received[self.sent_remotely :]:
-                if not self.remote.send(number):  # the sessions' end is seen by ranks that can be reached no more
-                    _send([process for process in family if _name(process) in PDSH], number)
+                if not self.remote.send(number):
+                    text = f"warning: {number.name} did not reach all hosts (pdsh and pgrep must work there); one rank that "
+                    sys.stderr.write(
+                        text + "has it stops all; three times Ctrl-C ends the sessions, whose ranks then save\n"
+                    )
             self.sent_remotely = len(self.received)
             return
-        ready = set(read_reports(self.report_dir).ready_pids.values())
+        ready = self._ready_pids()
         targets = [rank for rank in find_ranks(family) if rank.pid in ready or _age(rank) > UNANNOUNCED_SECONDS]
         for target in targets or self._other_backend(family):
             for number in self.received[self.delivered.get(target, 0) :]:
                 _send([target], number)
             self.delivered[target] = len(self.received)
+
+    def _ready_pids(self) -> set[int]:
+        return set(read_reports(self.report_dir).ready_pids.values())
 
     def _other_backend(self, family: Sequence[psutil.Process]) -> list[psutil.Process]:
         """Whom to tell when others than pdsh start the ranks: mpirun and srun forward."""
@@ -122,6 +139,7 @@ class Supervisor:
             words = _command_line(child)
             if _name(child) in PDSH and signal_command(words, signal.SIGTERM) is not None:
                 self.remote, self.awaits_pdsh = RemoteRanks(words, _environment(child)), False
+                self.remote_since = time.monotonic()
             elif _is_node_launcher(child):
                 self.awaits_pdsh = False
 
@@ -130,25 +148,42 @@ class Supervisor:
 
         One that is stopped, or waits for a disk, and has no other beside it would keep its host, and so pdsh, for ever.
         """
-        codes = read_reports(self.report_dir).exit_codes.values()
-        if self.remote is None or all(code in (0, STOPPED_ON_REQUEST) for code in codes):
+        if self.remote is None or not self._has_failed_here():
             return
         now = time.monotonic()
         if self.deadline is None:
-            self.deadline, self.next_signal = now + ORPHAN_GRACE_SECONDS, signal.SIGTERM
+            self.deadline, self.next_signal = now + REMOTE_GRACE_SECONDS, signal.SIGTERM
         elif now > self.deadline and self.next_signal == signal.SIGTERM:
-            text = f"error: ranks on other hosts outlive a failure by {ORPHAN_GRACE_SECONDS:.0f} s and are killed\n"
+            text = f"error: ranks on other hosts outlive a failure by {REMOTE_GRACE_SECONDS:.0f} s and are killed\n"
             sys.stderr.write(text)
             self.remote.send(signal.SIGKILL)
             self.deadline, self.next_signal = time.monotonic() + KILL_AFTER_SECONDS, signal.SIGKILL
         elif now > self.deadline:
             _send(_descendants(), signal.SIGKILL)
 
+    def _remove_secrets(self) -> None:
+        """Once a rank of this host has them, no other is to read them."""
+        if any(birth is not None for birth in self.births.values()):
+            for path in self.report_dir.glob(f"*{SECRET_SUFFIX}"):
+                path.unlink(missing_ok=True)
+
+    def _has_failed_here(self) -> bool:
+        """Whether a rank that can be seen from here ended with an error, or without a word."""
+        reports = read_reports(self.report_dir)
+        for pid in reports.ready_pids.values():
+            if pid not in self.births:
+                self.births[pid] = process_birth(pid)  # None for those of other hosts
+        silent = {pid for name, pid in reports.ready_pids.items() if name not in reports.exit_codes}
+        if any(self.births[pid] is not None and process_birth(pid) != self.births[pid] for pid in silent):
+            return True
+        return any(code not in (0, STOPPED_ON_REQUEST) for code in reports.exit_codes.values())
+
     def _wait_for_survivors(self) -> None:
         """After the runner: ranks that it left behind end by themselves or are made to; then nothing is left."""
         while family := self._reap(_descendants()):
             ranks = find_ranks(family)
-            if (ranks or self.remote is not None) and not self.received:
+            is_left = self.remote is not None and self.runner.returncode != 0
+            if (ranks or is_left) and not self.received:
                 self.received.append(signal.SIGTERM)  # whatever ended the runner meant the run
             if self.received:
                 self._forward(family)

@@ -98,3 +98,21 @@ def test_no_program_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_exit_code(ready: str, exits: dict[str, int], runner: int, adopted: list[int], expected: int) -> None:
     assert exit_code(Reports(dict.fromkeys(ready, 1), exits), runner, adopted) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "is_over_ssh"),
+    [
+        (["--hostfile", "hosts"], True),
+        (["--hostfile=hosts", "--launcher=PDSH"], True),
+        (["--force_multi"], True),  # then the runner takes pdsh to this host
+        (["--hostfile", "hosts", "--no_ssh"], False),
+        (["--hostfile", "hosts", "--launcher", "openmpi"], False),
+        (["--num_gpus", "2"], False),
+    ],
+)
+def test_whether_ranks_are_started_over_ssh(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], is_over_ssh: bool
+) -> None:
+    monkeypatch.setattr(launch, "STOCK_HOSTFILE", "/nowhere")
+    assert launch.goes_over_ssh(words) == is_over_ssh

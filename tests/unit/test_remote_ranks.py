@@ -22,6 +22,18 @@ def test_it_goes_to_the_same_hosts() -> None:
     assert "pkill -10 -P" in command[-1]
 
 
+def test_options_of_the_user_are_kept() -> None:
+    words = [word.format(port=29500) for word in PDSH]
+    command = signal_command([*words[:6], "-l", "bob", *words[6:]], signal.SIGTERM)
+    assert command is not None and command[4:8] == ["-w", "a,b", "-l", "bob"]
+
+
+def test_a_host_that_cannot_be_told_says_so() -> None:
+    command = signal_command([word.format(port=29500) for word in PDSH], signal.SIGTERM)
+    assert command is not None
+    assert subprocess.run(["/bin/bash", "-c", command[-1]], env={"PATH": "/nowhere"}, check=False).returncode == 127
+
+
 def test_another_pdsh_is_left_alone() -> None:
     assert signal_command(["pdsh", "-w", "a", "uptime"], signal.SIGTERM) is None
     assert signal_command(["pdsh", "-w", "a", "--master_port=1; reboot"], signal.SIGTERM) is None

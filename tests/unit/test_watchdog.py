@@ -53,8 +53,9 @@ def test_the_message_names_rank_machine_step_phase_and_for_how_long() -> None:
 
 def test_a_launcher_is_gone_when_its_process_is() -> None:
     assert not Launcher({LAUNCHER_VARIABLE: launcher_mark()}).is_gone()
-    assert Launcher({LAUNCHER_VARIABLE: f"{socket.gethostname()}:{os.getpid()}:another birth"}).is_gone()
+    assert Launcher({LAUNCHER_VARIABLE: launcher_mark() + "0"}).is_gone()  # its number is another's by now
     assert not Launcher({LAUNCHER_VARIABLE: "another host:1:2"}).is_gone()
+    assert not Launcher({LAUNCHER_VARIABLE: f"{socket.gethostname()}:1:2"}).is_gone()  # of the same name
     assert not Launcher({}).is_gone()
 
 
