@@ -50,9 +50,7 @@ if TYPE_CHECKING:
 FOLLOWER_SECONDS = 60.0  # how long a finished run waits for its MLflow store
 STOPPED_SECONDS = 8.0  # how long a stopped one does: whoever asked for the stop may kill it soon
 IDENTITY_SECONDS = 20.0  # how long for the store to name the run
-LOCK_SECONDS = (
-    120.0  # how long a requeued job waits for the folder: some file servers keep a lost host's lock for minutes
-)
+LOCK_SECONDS = 120.0  # how long a requeued job waits for the folder: file servers may keep a lost host's lock
 
 
 def _settled(
