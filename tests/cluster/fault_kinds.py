@@ -272,7 +272,7 @@ def shards_down(case: Case) -> Iterator[Plan]:
 
     def said(output: str, code: int) -> bool:
         return code == 0 or (
-            code == 2 and re.search(r"error: \S*http://\S+: tried \d+ times, at last ", output) is not None
+            code == 2 and re.search(r"error: \S*http://\S+: tried (once|\d+ times), at last ", output) is not None
         )
 
     where = (f"data.train=http://127.0.0.1:{port}/train", f"data.cache_dir={case.folder / 'cache'}")
