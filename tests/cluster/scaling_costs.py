@@ -35,7 +35,7 @@ from sparselt_dist.data.manifest import MANIFEST, Manifest, ShardEntry, parse_ma
 from sparselt_dist.data.shard_files import Access, ShardFiles
 from sparselt_dist.rank_line import RankLine
 from sparselt_dist.snapshot import Snapshot
-from sparselt_dist.tensor_files import cut
+from sparselt_dist.tensor_files import TensorFiles, cut
 
 RANKS = (8, 64, 256, 1024)
 MEETING = (2, 4, 8)
@@ -302,7 +302,7 @@ def storage(work: Path, num_bytes: int) -> tuple[float, float, float, float]:
         raise OSError(done)
     path = folder / "weights-00000.safetensors"
     hashed = seconds(lambda: checkpoint.sha256(path), 3)
-    read = seconds(lambda: checkpoint.load_weights(folder)["weight"].clone(), 3)
+    read = seconds(lambda: TensorFiles(folder, [path.name]).read("weight").clone(), 3)
     return num_bytes / copied, num_bytes / done.seconds, num_bytes / hashed, num_bytes / read
 
 
