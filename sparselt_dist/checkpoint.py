@@ -196,8 +196,9 @@ def newest_intact(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 def open_tensors(checkpoint: Path, kind: str, share: float = 0.0) -> TensorFiles:
     """The `weights` or `moments` of a verified checkpoint: of the files that were verified, whatever else lies there."""
-    noted = sorted(name for name in read_meta(checkpoint)["files"] if name.startswith(f"{kind}-"))
-    return TensorFiles(checkpoint, noted, share)
+    noted = read_meta(checkpoint).get("files", {})
+    names = sorted(name for name in noted if re.fullmatch(rf"{kind}-\d+\.safetensors", name))
+    return TensorFiles(checkpoint, names, share)
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

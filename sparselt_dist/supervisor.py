@@ -110,7 +110,7 @@ class Supervisor:
                 return
             for number in self.received[self.sent_remotely :]:
                 if not self.remote.send(number):
-                    text = f"warning: {number.name} did not reach all hosts (pdsh and pgrep must work there); one rank that "
+                    text = f"warning: {number.name} did not reach all hosts (pdsh and pkill must work there); one rank that "
                     sys.stderr.write(
                         text + "has it stops all; three times Ctrl-C ends the sessions, whose ranks then save\n"
                     )
